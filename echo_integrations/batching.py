@@ -1,0 +1,83 @@
+"""Which texts go through the model together: order, batches, windows. Pure; knows nothing of tokens or models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def plan(lengths: Sequence[int], token_budget: int, max_batch: int = 1024) -> list[list[int]]:
+    """Group texts of similar length into batches, the longest first.
+
+    Longest first means that memory peaks in the first batch, so that running out of it shows at once.
+
+    Args:
+        lengths: tokens of each text.
+        token_budget: bound on rows x longest row of a batch; a text that is longer gets a batch of its own.
+        max_batch: bound on rows.
+
+    Returns:
+        Batches of indices into ``lengths``; every index stands in exactly one.
+
+    Example:
+        >>> plan([3, 9, 2, 3], token_budget=9)
+        [[1], [0, 3, 2]]
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        batch = batches[-1] if batches else []
+        if not batch or len(batch) >= max_batch or lengths[batch[0]] * (len(batch) + 1) > token_budget:
+            batches.append([index])
+        else:
+            batch.append(index)
+    return batches
+
+
+def windows(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Cut a stream into lists of ``size`` items, the last one shorter.
+
+    Example:
+        >>> list(windows("abcde", 2))
+        [['a', 'b'], ['c', 'd'], ['e']]
+    """
+    stream = iter(items)
+    while window := list(islice(stream, size)):
+        yield window
+
+
+def distinct(texts: Sequence[str]) -> dict[str, list[int]]:
+    """Where each distinct text stands, so that it is encoded once.
+
+    Example:
+        >>> distinct(["a", "b", "a"])
+        {'a': [0, 2], 'b': [1]}
+    """
+    places: dict[str, list[int]] = {}
+    for index, text in enumerate(texts):
+        places.setdefault(text, []).append(index)
+    return places
+
+
+def slices(texts: Iterable[str], characters: int, max_texts: int) -> Iterator[list[str]]:
+    """Cut texts into runs of about ``characters`` characters, longest text first.
+
+    Characters stand in for tokens before anything is tokenised: a run is small enough to be tokenised while the
+    one before it is in the model, and its texts are of similar length.
+
+    Example:
+        >>> list(slices(["a", "dddd", "bb"], characters=4, max_texts=9))
+        [['dddd'], ['bb', 'a']]
+    """
+    run: list[str] = []
+    size = 0
+    for text in sorted(texts, key=len, reverse=True):
+        if run and (size + len(text) > characters or len(run) >= max_texts):
+            yield run
+            run, size = [], 0
+        run.append(text)
+        size += len(text)
+    if run:
+        yield run

@@ -1,0 +1,268 @@
+"""A model on disk: where it is, what it says of itself, and which vector space its files define.
+
+Everything that can be known without loading weights is here. This module knows nothing of templates and
+never runs a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from echo_integrations.config import BUILT_IN_MODEL, EncoderSettings, ModelLoadError
+from echo_integrations.tokenizer import TextTokenizer
+
+logger = logging.getLogger(__name__)
+
+_ASSETS = Path(__file__).parent / "assets"
+_DOWNLOADED = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.safetensors"]
+_NOT_DOWNLOADED = ["*/*", "consolidated*"]
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tekken.json")
+_NO_PART_OF_THE_SPACE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+_BLOB_NAME = re.compile(r"[0-9a-f]{64}")  # the Hub's cache names a large file by its SHA-256
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A backbone's files, with an optional adapter to merge.
+
+    Attributes:
+        name: as the user wrote it.
+        folder: where its files are.
+        adapter: where the adapter's files are, or None.
+        trust_remote_code: whether the model's own Python code may run.
+
+    Example:
+        >>> Checkpoint.find(EncoderSettings(model="echo-mini")).hidden_size
+        256
+    """
+
+    name: str
+    folder: Path
+    adapter: Path | None
+    trust_remote_code: bool
+
+    @staticmethod
+    def find(settings: EncoderSettings) -> Checkpoint:
+        """Find a model's files: the built-in model, a local folder, or the Hub (downloaded at need).
+
+        Raises:
+            ModelLoadError: nothing there, not reachable, or no model.
+        """
+        token = settings.token.get_secret_value() if settings.token else None
+        folder = _find(settings.model_name, settings.revision, token, settings.cache_folder, settings.trust_remote_code)
+        if not (folder / "config.json").is_file():
+            raise ModelLoadError(
+                f"{folder} has no config.json: it is not a model folder, or its download was not finished"
+                + (" (it is an adapter: name its backbone as the model and this as adapter=)" if _is_adapter(folder) else "")
+            )
+        adapter = None
+        if settings.adapter is not None:
+            adapter = _find(settings.adapter, None, token, settings.cache_folder, False)
+            if not _is_adapter(adapter):
+                raise ModelLoadError(f"{adapter} has no adapter_config.json: it is not a PEFT adapter")
+        return Checkpoint(settings.model_name, folder, adapter, settings.trust_remote_code)
+
+    @property
+    def config(self) -> Any:
+        """The transformers configuration of the text model.
+
+        Raises:
+            ModelLoadError: unreadable, in need of remote code, or not of a decoder-only model.
+        """
+        return _config(self.folder, self.trust_remote_code, _stat(self.folder / "config.json"))
+
+    @property
+    def hidden_size(self) -> int:
+        """Components of a hidden state."""
+        return int(self.config.hidden_size)
+
+    @property
+    def positions(self) -> int | None:
+        """Positions that the backbone has, or None where nothing bounds them."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The tokenizer, loaded once per process."""
+        return _tokenizer(self.folder, self.trust_remote_code)
+
+    @property
+    def signature(self) -> tuple[tuple[str, int, int], ...]:
+        """Path, size and time of every file that is loaded: cheap, and changes when one is replaced."""
+        return tuple(_stat(path) for path in self._weights())
+
+    def digest(self) -> dict[str, str]:
+        """What defines the vector space, by content: hashes of configuration, weights, tokenizer and adapter.
+
+        Local folders are read once per process (by size and time); Hub downloads carry their hashes.
+        """
+        tokenizer = [self.folder / name for name in _TOKENIZER_FILES if (self.folder / name).is_file()]
+        digest = {
+            "config": _hash_json(self.folder / "config.json", _NO_PART_OF_THE_SPACE),
+            "weights": _hash_files(self._weights(self.folder)),
+            "tokenizer": (
+                _hash_json(tokenizer[0], {"truncation", "padding"})
+                if tokenizer and tokenizer[0].name == "tokenizer.json"
+                else _hash_files(tokenizer)
+            ),
+        }
+        if self.adapter is not None:
+            digest["adapter"] = _hash_json(self.adapter / "adapter_config.json", {"base_model_name_or_path", "peft_version"})
+            digest["adapter_weights"] = _hash_files(self._weights(self.adapter))
+        return digest
+
+    def _weights(self, folder: Path | None = None) -> list[Path]:
+        """The weight files of one folder, or of backbone and adapter."""
+        if folder is None:
+            return self._weights(self.folder) + (self._weights(self.adapter) if self.adapter else [])
+        names = _ADAPTER_FILES if folder == self.adapter else _WEIGHT_FILES
+        for name in names:
+            index = folder / f"{name}.index.json"
+            if index.is_file():
+                shards = sorted(set(_read_json(index)["weight_map"].values()))
+                missing = [shard for shard in shards if not (folder / shard).is_file()]
+                if missing:
+                    raise ModelLoadError(
+                        f"{folder} is half-downloaded: {', '.join(missing)} named by {index.name} "
+                        f"{'is' if len(missing) == 1 else 'are'} missing; download the model again"
+                    )
+                return [folder / shard for shard in shards]
+            if (folder / name).is_file():
+                return [folder / name]
+        raise ModelLoadError(f"{folder} has no weights ({' or '.join(names)}): was its download finished?")
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+@lru_cache(maxsize=64)
+def _hub(name: str, revision: str | None, token: str | None, cache_folder: str | None, code: bool) -> Path:
+    """Download a repository of the Hub, or find it in the cache."""
+    from huggingface_hub import snapshot_download
+
+    def download(patterns: list[str]) -> Path:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                token=token,
+                cache_dir=cache_folder,
+                allow_patterns=patterns + (["*.py"] if code else []),
+                ignore_patterns=_NOT_DOWNLOADED,
+            )
+        )
+
+    try:
+        folder = download(_DOWNLOADED)
+        if not any(folder.glob("*.safetensors")):
+            folder = download([*_DOWNLOADED, "*.bin"])
+    except Exception as error:  # the client's errors have no common base
+        raise ModelLoadError(
+            f"{name!r} is no folder here, and the Hugging Face Hub did not give it"
+            f"{f' at revision {revision!r}' if revision else ''} ({type(error).__name__}: {str(error).strip()}). "
+            "Check the name; without a network, download it first (hf download) or name a local folder; "
+            "for a private or gated model pass token="
+        ) from error
+    return folder
+
+
+def _find(name: str, revision: str | None, token: str | None, cache_folder: str | None, code: bool) -> Path:
+    """The folder of a model or adapter."""
+    if name == BUILT_IN_MODEL:
+        return _ASSETS / BUILT_IN_MODEL
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if folder.is_file():
+        raise ModelLoadError(f"{name!r} is a file: name the folder that holds config.json and the weights")
+    if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or "\\" in name:
+        raise ModelLoadError(
+            f"there is no folder {name!r} (looked in {Path.cwd()}), and it is no Hub id (owner/name); "
+            f"the built-in model is called {BUILT_IN_MODEL!r}"
+        )
+    return _hub(name, revision, token, cache_folder, code)
+
+
+@lru_cache(maxsize=64)
+def _config(folder: Path, trust_remote_code: bool, stat: tuple[str, int, int]) -> Any:
+    from transformers import AutoConfig
+
+    needs_code = not trust_remote_code and "auto_map" in _read_json(folder / "config.json")
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # whatever a configuration's own code raises
+        raise ModelLoadError(
+            f"config.json in {folder} cannot be used ({type(error).__name__}: {error}): "
+            + (
+                "it comes with Python code of its own: read that code, then pass trust_remote_code=True"
+                if needs_code
+                else "a newer transformers may know this kind of model"
+            )
+        ) from error
+    if config.is_encoder_decoder:
+        raise ModelLoadError(
+            f"the model in {folder} ({config.model_type}) is an encoder-decoder, not a causal LM: "
+            "choose a decoder-only model such as Qwen3, Llama or Mistral"
+        )
+    return config.get_text_config()
+
+
+@lru_cache(maxsize=16)
+def _tokenizer(folder: Path, trust_remote_code: bool) -> TextTokenizer:
+    if folder == _ASSETS / BUILT_IN_MODEL:
+        logger.warning(
+            "%s is a demonstration model of 8 M parameters: for real use name another, such as model=%r",
+            BUILT_IN_MODEL,
+            "Qwen/Qwen3-0.6B",
+        )
+    return TextTokenizer.load(folder, trust_remote_code)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"{path} cannot be read ({error}): was its download finished?") from error
+    if not isinstance(content, dict):
+        raise ModelLoadError(f"{path} holds no JSON object: was its download finished?")
+    return content
+
+
+def _hash_json(path: Path, without: set[str]) -> str:
+    """Hash of a JSON object's meaning, less some keys."""
+    content = {key: value for key, value in _read_json(path).items() if key not in without}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _stat(path: Path) -> tuple[str, int, int]:
+    stat = path.stat()
+    return str(path), stat.st_size, stat.st_mtime_ns
+
+
+def _hash_files(paths: Sequence[Path]) -> str:
+    """Hash of the contents of files, in their order."""
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        hashes = list(pool.map(lambda path: _hash_file(*_stat(path)), paths))
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+@lru_cache(maxsize=1024)
+def _hash_file(path: str, size: int, mtime_ns: int) -> str:
+    blob = Path(path).resolve()
+    if blob.parent.name == "blobs" and _BLOB_NAME.fullmatch(blob.name):
+        return blob.name
+    with blob.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,218 @@
+"""Settings, enumerations and errors: the words that every other module uses.
+
+This module knows nothing of tokenizers, models or frameworks and imports nothing from the package.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+
+BUILT_IN_MODEL = "echo-mini"
+
+# Checkpoints of the echo paper that were fine-tuned on a template pair of their own: name -> what they need.
+_FINE_TUNED: dict[str, Any] = {
+    "query_template": "fine-tuned-query",
+    "document_template": "fine-tuned-document",
+    "query_instruction": "Retrieve passages that answer the question",
+    "max_length": 300,
+}
+RELEASED_CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "echo-mistral-7b-instruct-lasttoken": {**_FINE_TUNED, "pooling": "last"},
+    "echo-mistral-7b-instruct-meantoken": {**_FINE_TUNED, "pooling": "mean"},
+}
+
+
+def canonical_json(value: Any) -> str:
+    """One spelling for equal values; objects count by their ``to_dict()``, if they have one, or their repr.
+
+    Example:
+        >>> canonical_json({"b": 1, "a": 2})
+        '{"a": 2, "b": 1}'
+    """
+    return json.dumps(value, sort_keys=True, default=lambda v: v.to_dict() if hasattr(v, "to_dict") else repr(v))
+
+
+class Mode(StrEnum):
+    """How a text is laid out for the model."""
+
+    ECHO = "echo"
+    """The text stands in the prompt twice and the second copy is pooled (Springer et al., 2024)."""
+    CLASSICAL = "classical"
+    """The text stands in the prompt once: the baseline."""
+
+
+class Pooling(StrEnum):
+    """Which hidden states of the pooled span become the vector."""
+
+    MEAN = "mean"
+    """Their mean."""
+    LAST = "last"
+    """The last one."""
+
+
+class OnTruncate(StrEnum):
+    """What happens to a text of more than ``max_length`` tokens."""
+
+    TRUNCATE = "truncate"
+    """It is cut silently."""
+    WARN = "warn"
+    """It is cut and one `TruncationWarning` a call names the first such text."""
+    ERROR = "error"
+    """`TruncationError`, before anything is computed from that text."""
+
+
+class Role(StrEnum):
+    """The side of retrieval that a text stands on."""
+
+    QUERY = "query"
+    """What is asked."""
+    DOCUMENT = "document"
+    """What is searched."""
+
+
+class EchoIntegrationsError(Exception):
+    """Base class of every error that this package raises on purpose."""
+
+
+class ModelLoadError(EchoIntegrationsError):
+    """A model, tokenizer or adapter cannot be found, read or used for embeddings."""
+
+
+class InputError(EchoIntegrationsError, ValueError):
+    """A text, instruction or argument cannot be encoded; the message names the item."""
+
+
+class TemplateError(InputError):
+    """A template is malformed; the message gives the position of the fault."""
+
+
+class TruncationError(InputError):
+    """A text is longer than ``max_length`` and ``on_truncate`` is ``"error"``."""
+
+
+class EncodingError(EchoIntegrationsError):
+    """The backbone gave numbers that are no embedding, or one text alone does not fit in memory."""
+
+
+class FingerprintMismatchError(EchoIntegrationsError):
+    """Two vector spaces were about to be mixed; the message names both fingerprints."""
+
+
+class TruncationWarning(UserWarning):
+    """A text was cut to ``max_length`` tokens."""
+
+
+class EncoderSettings(BaseModel):
+    """Every argument of `Encoder` and of the embedding classes, with its default.
+
+    All arguments are keywords; unknown names are refused. Instances are immutable.
+
+    Example:
+        >>> EncoderSettings(model="echo-mini", mode="classical").max_length
+        512
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
+
+    model_name: str = Field(default=BUILT_IN_MODEL, alias="model", min_length=1)
+    """Hub id, local folder, or ``"echo-mini"``, the small model that comes with the package. Alias: ``model``."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    token: SecretStr | None = Field(default=None, exclude=True, repr=False)
+    """Access token for the Hub; never shown, never saved."""
+    cache_folder: str | None = None
+    """Where Hub downloads are kept; the Hugging Face cache unless given."""
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the model may run."""
+    device: str | None = None
+    """``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; the best one present unless given."""
+    dtype: str = "auto"
+    """``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: bfloat16 where the hardware multiplies it
+    (GPUs, CPUs with AMX or AVX512-BF16), else float32."""
+    attn_implementation: str | None = None
+    """``"sdpa"``, ``"eager"``, ``"flash_attention_2"`` ...; transformers' choice unless given."""
+    adapter: str | None = None
+    """A PEFT adapter (Hub id or folder) that is merged into the model when it is loaded."""
+    mode: Mode = Mode.ECHO
+    """``"echo"`` or ``"classical"``: chooses the default templates."""
+    query_template: str | None = None
+    """Preset name or template for queries; the mode's own unless given. See `echo_integrations.recipe`."""
+    document_template: str | None = None
+    """Preset name or template for documents; the mode's own unless given."""
+    query_instruction: str | None = None
+    """Fills ``%%prompt%%`` of the query template; ``""`` and None mean none."""
+    document_instruction: str | None = None
+    """Fills ``%%prompt%%`` of the document template; ``""`` and None mean none."""
+    pooling: Pooling = Pooling.MEAN
+    """``"mean"`` of the pooled tokens or the ``"last"`` one."""
+    max_length: int = Field(default=512, ge=1, strict=True)
+    """Tokens of a text that are used, per copy; clamped to what the backbone's positions allow."""
+    on_truncate: OnTruncate = OnTruncate.WARN
+    """``"truncate"``, ``"warn"`` or ``"error"`` when a text is longer than that."""
+    normalize_embeddings: bool = True
+    """Whether vectors are scaled to length 1."""
+    truncate_dim: int | None = Field(default=None, ge=1, strict=True)
+    """Keep only the first so many components (before normalisation)."""
+    token_budget: int | None = Field(default=None, ge=1, strict=True)
+    """Tokens in one forward pass, padding included; chosen for the device unless given."""
+    show_progress: bool | None = None
+    """True: a progress bar; False: none; None: one on a terminal when a call takes over two seconds."""
+    model_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of ``AutoModel.from_pretrained``, such as ``quantization_config`` or ``device_map``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_defaults(cls, data: Any) -> Any:
+        """Refuse a model that is named twice; give the released checkpoints what they were trained with."""
+        if not isinstance(data, Mapping):
+            return data
+        if "model" in data and "model_name" in data:
+            raise ValueError("model and model_name are two names of one argument: give one of them")
+        name = data.get("model", data.get("model_name"))
+        trained_with = RELEASED_CHECKPOINTS.get(str(name).rstrip("/").rsplit("/", 1)[-1], {})
+        if data.get("mode", Mode.ECHO) != Mode.ECHO:
+            trained_with = {}
+        return {**trained_with, **data}
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _name_of_dtype(cls, value: Any) -> Any:
+        """Accept ``torch.bfloat16`` for ``"bfloat16"``."""
+        name = str(value).removeprefix("torch.")
+        if name not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"{value!r} is not one of 'auto', 'float32', 'bfloat16', 'float16'")
+        return name
+
+    @field_validator("device", mode="before")
+    @classmethod
+    def _name_of_device(cls, value: Any) -> Any:
+        """Accept ``torch.device("cuda")`` for ``"cuda"``."""
+        return None if value is None else str(value)
+
+    @classmethod
+    def setting_names(cls) -> frozenset[str]:
+        """The names of all settings, with the alias ``model``."""
+        return frozenset(EncoderSettings.model_fields) | {"model"}
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting by name, as `Encoder(**settings)` takes it, the token included.
+
+        Example:
+            >>> EncoderSettings(max_length=64).settings()["max_length"]
+            64
+        """
+        return {name: getattr(self, name) for name in EncoderSettings.model_fields}
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some settings changed, validated like a new one.
+
+        Example:
+            >>> EncoderSettings().replace(mode="classical").mode.value
+            'classical'
+        """
+        return type(self)(**{**self.settings(), **changes})
