@@ -193,8 +193,8 @@ def load(spec: BackboneSpec) -> Backbone:
     model.eval().requires_grad_(False)
     if not _is_causal(model):
         raise ModelLoadError(
-            f"the model in {spec.checkpoint.folder} ({config.model_type}) is not a causal LM: its tokens see later ones; "
-            "choose a decoder-only model such as Qwen3, Llama or Mistral"
+            f"the model in {spec.checkpoint.folder} ({config.model_type}) is not a causal LM: its tokens see "
+            "later ones; choose a decoder-only model such as Qwen3, Llama or Mistral"
         )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -213,15 +213,15 @@ def _quiet_transformers() -> Iterator[None]:
     from transformers.utils import logging
 
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.ERROR)
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
         if bar:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _is_causal(model: Any) -> bool:
@@ -258,8 +258,8 @@ def _merge_adapter(model: Any, spec: BackboneSpec) -> Any:
         merged = wrapped.merge_and_unload()
     except Exception as error:  # PEFT's errors have no common base
         raise ModelLoadError(
-            f"the adapter in {folder} cannot be merged into {spec.checkpoint.name!r} ({type(error).__name__}: {error}); "
-            "check that it was trained on that model"
+            f"the adapter in {folder} cannot be merged into {spec.checkpoint.name!r} "
+            f"({type(error).__name__}: {error}); check that it was trained on that model"
         ) from error
     merged.eval().requires_grad_(False)
     return merged
@@ -280,7 +280,7 @@ def choose_device(device: str | None) -> torch.device:
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ModelLoadError(
-            f"device {device!r} cannot be used here ({error}): name another, or leave device out for the best one present"
+            f"device {device!r} cannot be used here ({error}): name another, or leave device out for the best one"
         ) from error
     return torch.device("cuda", torch.cuda.current_device()) if str(chosen) == "cuda" else chosen
 

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,10 @@ _NOT_DOWNLOADED = ["*/*", "consolidated*"]
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tekken.json")
-_NO_PART_OF_THE_SPACE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+_NO_PART_OF_THE_SPACE = frozenset(
+    {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+)
+_NO_PART_OF_AN_ADAPTER = frozenset({"base_model_name_or_path", "inference_mode", "peft_version", "revision"})
 _BLOB_NAME = re.compile(r"[0-9a-f]{64}")  # the Hub's cache names a large file by its SHA-256
 
 
@@ -48,7 +51,7 @@ class Checkpoint:
         256
     """
 
-    name: str
+    name: str = field(compare=False)
     folder: Path
     adapter: Path | None
     trust_remote_code: bool
@@ -65,7 +68,11 @@ class Checkpoint:
         if not (folder / "config.json").is_file():
             raise ModelLoadError(
                 f"{folder} has no config.json: it is not a model folder, or its download was not finished"
-                + (" (it is an adapter: name its backbone as the model and this as adapter=)" if _is_adapter(folder) else "")
+                + (
+                    "; it is an adapter: name its backbone as the model and this as adapter="
+                    if _is_adapter(folder)
+                    else ""
+                )
             )
         adapter = None
         if settings.adapter is not None:
@@ -110,16 +117,16 @@ class Checkpoint:
         """
         tokenizer = [self.folder / name for name in _TOKENIZER_FILES if (self.folder / name).is_file()]
         digest = {
-            "config": _hash_json(self.folder / "config.json", _NO_PART_OF_THE_SPACE),
+            "config": _hash_json(*_stat(self.folder / "config.json"), _NO_PART_OF_THE_SPACE),
             "weights": _hash_files(self._weights(self.folder)),
             "tokenizer": (
-                _hash_json(tokenizer[0], {"truncation", "padding"})
+                _hash_json(*_stat(tokenizer[0]), frozenset({"truncation", "padding"}))
                 if tokenizer and tokenizer[0].name == "tokenizer.json"
                 else _hash_files(tokenizer)
             ),
         }
         if self.adapter is not None:
-            digest["adapter"] = _hash_json(self.adapter / "adapter_config.json", {"base_model_name_or_path", "peft_version"})
+            digest["adapter"] = _hash_json(*_stat(self.adapter / "adapter_config.json"), _NO_PART_OF_AN_ADAPTER)
             digest["adapter_weights"] = _hash_files(self._weights(self.adapter))
         return digest
 
@@ -241,9 +248,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _hash_json(path: Path, without: set[str]) -> str:
+@lru_cache(maxsize=1024)
+def _hash_json(path: str, size: int, mtime_ns: int, without: frozenset[str]) -> str:
     """Hash of a JSON object's meaning, less some keys."""
-    content = {key: value for key, value in _read_json(path).items() if key not in without}
+    content = {key: value for key, value in _read_json(Path(path)).items() if key not in without}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -6,7 +6,7 @@ This module knows nothing of tokenizers, models or frameworks and imports nothin
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import Any, Self
 
@@ -207,6 +207,12 @@ class EncoderSettings(BaseModel):
             64
         """
         return {name: getattr(self, name) for name in EncoderSettings.model_fields}
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Only what differs from the defaults."""
+        for name, value in super().__repr_args__():
+            if name is None or value != type(self).model_fields[name].get_default(call_default_factory=True):
+                yield name, value.value if isinstance(value, StrEnum) else value
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some settings changed, validated like a new one.

@@ -66,7 +66,7 @@ class Encoder(EncoderSettings):
         """Components of a vector; known without loading weights."""
         size = self._checkpoint().hidden_size
         if self.truncate_dim is not None and self.truncate_dim > size:
-            raise InputError(f"truncate_dim={self.truncate_dim} is more than the {size} components of {self.model_name!r}")
+            raise InputError(f"truncate_dim={self.truncate_dim} is more than the {size} components of the model")
         return self.truncate_dim or size
 
     @property
@@ -200,7 +200,8 @@ class Encoder(EncoderSettings):
 
     def _encode(self, texts: str | Iterable[str], role: Role, instruction: str | None) -> Vectors:
         if isinstance(texts, str):
-            return self._encode([texts], role, instruction)[0]
+            vector: Vectors = self._encode([texts], role, instruction)[0]
+            return vector
         texts = list(_checked(texts))
         result = np.empty((len(texts), self.dimension), dtype=np.float32)
         quiet = True if self.show_progress is False else None if self.show_progress is None else False

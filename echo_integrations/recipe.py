@@ -150,7 +150,8 @@ def parse_template(template: str) -> tuple[Piece, ...]:
         pieces.append(Piece(tuple(_VARIABLE.split(content)), pooled=content == inside))
         start = end + 1
     if not pieces:
-        raise fault(0, f"no braces, and not the name of a preset ({', '.join(PRESETS)}): write {{%%text%%}} for the text")
+        names = ", ".join(PRESETS)
+        raise fault(0, f"no braces, and not the name of a preset ({names}): write {{%%text%%}} for the text")
     if outside := _VARIABLE.search(template, start):
         raise fault(outside.start(), f"{outside[0]} stands outside braces: write {{{outside[0]}}}")
     if start < len(template):
@@ -288,4 +289,3 @@ def _substitute(parts: tuple[str, ...], text: str, instruction: str) -> str:
     """The piece's string: variables replaced once, so nothing inside a text is ever expanded."""
     values = {"text": text, "prompt": instruction}
     return "".join(values[part] if place % 2 else part for place, part in enumerate(parts))
-
