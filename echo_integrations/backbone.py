@@ -187,7 +187,7 @@ def load(spec: BackboneSpec) -> Backbone:
     except Exception as error:  # whatever a model's own code, safetensors or the GPU driver raises
         raise ModelLoadError(
             f"the model in {spec.checkpoint.folder} cannot be loaded on {spec.device} "
-            f"({type(error).__name__}: {error}); check that its weights were downloaded whole"
+            f"({type(error).__name__}: {error}); unless that says what to do, check that the weights were downloaded whole"
             + ("; a forked process cannot use the GPU: start workers with 'spawn'" if _threads_lost else "")
         ) from error
     model.eval().requires_grad_(False)
@@ -213,7 +213,7 @@ def _quiet_transformers() -> Iterator[None]:
     from transformers.utils import logging
 
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
@@ -237,7 +237,7 @@ def _is_causal(model: Any) -> bool:
 
 def _merge_adapter(model: Any, spec: BackboneSpec) -> Any:
     """Merge a PEFT adapter that was trained on the bare model or on the one with an LM head."""
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig, PeftModel, set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
     folder = str(spec.checkpoint.adapter)
@@ -245,16 +245,15 @@ def _merge_adapter(model: Any, spec: BackboneSpec) -> Any:
         config = PeftConfig.from_pretrained(folder)
         config.task_type = None  # the wrappers for tasks ask for an LM head
         config.inference_mode = True
-        # an adapter of the model with a head calls the bare model by name: base_model.model.<prefix>.layers...
-        prefix = f"base_model.model.{model.base_model_prefix}."
-        inner = any(key.startswith(prefix) for key in load_peft_weights(folder, device="cpu"))
-        mapping = {f"^{prefix}": "base_model.model."} if inner else None
+        weights = load_peft_weights(folder, device=str(model.get_input_embeddings().weight.device))
+        # an adapter of the model with a head calls the bare model by its name: base_model.model.<name>.layers...
+        inner = f"base_model.model.{model.base_model_prefix}."
+        weights = {key.replace(inner, "base_model.model.", 1): value for key, value in weights.items()}
         wrapped = PeftModel(model, config)
-        result = wrapped.load_adapter(
-            folder, "default", key_mapping=mapping, torch_device=str(model.get_input_embeddings().weight.device)
-        )
-        if result.unexpected_keys:
-            raise ValueError(f"the model has no place for {', '.join(sorted(result.unexpected_keys)[:3])}")
+        result = set_peft_model_state_dict(wrapped, weights)
+        lacking = [key for key in result.missing_keys if wrapped.base_model.prefix in key]
+        if misfits := [*result.unexpected_keys, *lacking]:
+            raise ValueError(f"its tensors do not fit: {', '.join(sorted(misfits)[:3])}")
         merged = wrapped.merge_and_unload()
     except Exception as error:  # PEFT's errors have no common base
         raise ModelLoadError(

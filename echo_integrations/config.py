@@ -36,6 +36,17 @@ def canonical_json(value: Any) -> str:
     """
     return json.dumps(value, sort_keys=True, default=lambda v: v.to_dict() if hasattr(v, "to_dict") else repr(v))
 
+# what from_pretrained would take, and what says it here
+_NO_MODEL_KWARGS = {
+    **{name: f"pass {name}=" for name in ("attn_implementation", "revision", "token", "trust_remote_code")},
+    **{name: "pass dtype=" for name in ("dtype", "torch_dtype")},
+    "cache_dir": "pass cache_folder=",
+    "use_auth_token": "pass token=",
+    "local_files_only": "files are found before they are loaded; set HF_HUB_OFFLINE=1 to stay offline",
+    "weights_only": "pickled weights are never unpickled freely",
+    "output_loading_info": "it is always asked for",
+}
+
 
 class Mode(StrEnum):
     """How a text is laid out for the model."""
@@ -187,6 +198,14 @@ class EncoderSettings(BaseModel):
         if name not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"{value!r} is not one of 'auto', 'float32', 'bfloat16', 'float16'")
         return name
+
+    @field_validator("model_kwargs")
+    @classmethod
+    def _no_second_way_to_say_it(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name, instead in _NO_MODEL_KWARGS.items():
+            if name in value:
+                raise ValueError(f"{name!r} has no place in model_kwargs: {instead}")
+        return value
 
     @field_validator("device", mode="before")
     @classmethod

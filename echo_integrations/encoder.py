@@ -41,7 +41,10 @@ Positions = NDArray[np.int64]
 _WINDOW = 65_536  # texts that are sorted together
 _SLICE_TEXTS = 1_024  # texts that are tokenised while the ones before them are in the model
 _SLICE_CHARACTERS = 262_144
-_OPERATIONAL = {"device_map", "max_memory", "low_cpu_mem_usage", "offload_folder", "offload_state_dict", "tp_plan"}
+_OPERATIONAL = {  # model_kwargs that do not change a vector
+    *("device_map", "max_memory", "low_cpu_mem_usage", "offload_buffers", "offload_folder", "offload_state_dict"),
+    *("tp_plan", "tp_size", "use_kernels", "allow_all_kernels", "use_safetensors"),
+}
 
 
 class Encoder(EncoderSettings):

@@ -22,6 +22,8 @@ from echo_integrations.config import ModelLoadError
 
 Ids = NDArray[np.int32]
 
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab*", "tekken.json", "*.tiktoken")  # without any, one is made up
+
 
 class TextTokenizer:
     """Token ids of template text and of users' text.
@@ -56,6 +58,8 @@ class TextTokenizer:
         """
         from transformers import AutoTokenizer
 
+        if not any(path for pattern in _VOCABULARIES for path in folder.glob(pattern)):
+            raise ModelLoadError(f"{folder} has no tokenizer (tokenizer.json or alike): was its download finished?")
         try:
             hf = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
         except Exception as error:  # whatever the tokenizer's own code raises

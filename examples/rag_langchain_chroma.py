@@ -1,0 +1,65 @@
+"""Retrieval for RAG with LangChain and Chroma: index a handbook, ask it, and see what echo embeddings change.
+
+    python examples/rag_langchain_chroma.py                          # the built-in demonstration model, offline
+    python examples/rag_langchain_chroma.py --model Qwen/Qwen3-0.6B  # any other backbone
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from langchain_chroma import Chroma
+from langchain_core.documents import Document
+
+from echo_integrations.langchain import EchoEmbeddings
+
+HERE = Path(__file__).parent
+
+
+def read(name: str) -> list[dict[str, str]]:
+    """Rows of a JSONL file beside this script."""
+    return [json.loads(line) for line in (HERE / "data" / name).read_text(encoding="utf-8").splitlines()]
+
+
+def open_store(embeddings: EchoEmbeddings, folder: Path) -> Chroma:
+    """A persistent collection, filled at the first run; its name holds the vector space's fingerprint."""
+    store = Chroma(
+        f"handbook-{embeddings.mode}-{embeddings.fingerprint[:12]}",
+        embeddings,
+        persist_directory=str(folder),
+        collection_configuration={"hnsw": {"space": "cosine"}},
+    )
+    if not store.get(limit=1)["ids"]:
+        passages = read("corpus.jsonl")
+        documents = [Document(f"{p['title']}. {p['text']}", metadata={"title": p["title"]}) for p in passages]
+        store.add_documents(documents, ids=[p["id"] for p in passages])
+    return store
+
+
+def main() -> None:
+    """Ask one question in full, then all of them for the score."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="echo-mini", help="Hub id or folder of a causal LM (default: %(default)s)")
+    parser.add_argument("--question", default="How do I reset the pump after it has shut itself off?")
+    parser.add_argument("--folder", type=Path, default=HERE / "chroma", help="where Chroma keeps its files")
+    args = parser.parse_args()
+
+    questions = read("questions.jsonl")
+    recall: dict[str, tuple[float, float]] = {}
+    for mode in ("classical", "echo"):
+        store = open_store(EchoEmbeddings(model=args.model, mode=mode), args.folder)
+        print(f"\n{mode}: {args.question}")
+        for document, distance in store.similarity_search_with_score(args.question, k=3):
+            print(f"  {1 - distance:.3f}  {document.metadata['title']}: {document.page_content.split('. ', 1)[1][:70]}...")
+        found = [[d.id for d in store.similarity_search(q["question"], k=3)] for q in questions]
+        hits = [(q["passage"] == ids[0], q["passage"] in ids) for q, ids in zip(questions, found, strict=True)]
+        recall[mode] = (sum(first for first, _ in hits) / len(hits), sum(any_ for _, any_ in hits) / len(hits))
+
+    print(f"\nrecall of the right passage, {len(questions)} questions over {len(read('corpus.jsonl'))} passages")
+    print("            recall@1  recall@3")
+    for mode, (at_1, at_3) in recall.items():
+        print(f"  {mode:<10}{at_1:>8.1%}{at_3:>10.1%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # the suite needs no model hub; read when huggingface_hub is imported
+
+import pytest
+from echo_integrations.backbone import registry
+from echo_integrations.encoder import Encoder
+
+from tests import tiny
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a tiny model by architecture, built once a session; never to be changed."""
+    built: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in built:
+            built[name] = tiny.build(name, tmp_path_factory.mktemp(name))
+        return built[name]
+
+    return get
+
+
+@pytest.fixture
+def mini() -> Callable[..., Encoder]:
+    """The built-in model in fp32, so that numbers agree on every CPU."""
+
+    def make(**settings: Any) -> Encoder:
+        return Encoder(**{"dtype": "float32", **settings})
+
+    return make
+
+
+@pytest.fixture
+def nothing_loaded() -> Iterator[None]:
+    """A process that has loaded no backbone yet."""
+    registry.__init__()  # type: ignore[misc]
+    yield
+    registry.__init__()  # type: ignore[misc]

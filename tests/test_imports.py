@@ -1,0 +1,89 @@
+"""The rooms of the package: imports go down only, and importing the package is light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import echo_integrations
+import pytest
+
+PACKAGE = Path(echo_integrations.__file__).parent
+FLOORS = [
+    {"config"},
+    {"recipe", "batching", "pooling", "tokenizer", "files"},
+    {"checkpoint"},
+    {"backbone"},
+    {"encoder"},
+    {"adapter"},
+    {"langchain", "llama_index", "chroma"},
+    {"cli"},
+    {"__main__"},
+]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def imports(path: Path) -> set[str]:
+    """Rooms of the package that a file imports, at its top or inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} has a relative import"
+            names = [node.module or ""]
+            if node.module == "echo_integrations":
+                names = [f"echo_integrations.{alias.name}" for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("echo_integrations.")}
+    return found
+
+
+def test_every_room_has_a_floor() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == set(FLOOR)
+
+
+@pytest.mark.parametrize("room", sorted(FLOOR))
+def test_imports_go_down_only(room: str) -> None:
+    for other in imports(PACKAGE / f"{room}.py") & FLOOR.keys():
+        assert FLOOR[other] < FLOOR[room], f"{room} imports {other}"
+
+
+@pytest.mark.parametrize("room", sorted(FLOOR))
+def test_every_room_is_small(room: str) -> None:
+    assert len((PACKAGE / f"{room}.py").read_text(encoding="utf-8").splitlines()) <= 500
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_importing_the_package_is_light() -> None:
+    heavy = ("torch", "transformers", "langchain_core", "llama_index", "chromadb", "numpy", "pydantic")
+    assert run(f"import sys, echo_integrations as e; dir(e); print([m for m in {heavy} if m in sys.modules])") == "[]"
+
+
+def test_the_encoder_needs_no_framework() -> None:
+    code = "import sys; from echo_integrations import Encoder; Encoder(); print([m for m in {} if m in sys.modules])"
+    assert run(code.format(("langchain_core", "llama_index", "chromadb", "pyarrow"))) == "[]"
+
+
+@pytest.mark.parametrize(
+    ("room", "module", "extra"),
+    [("langchain", "langchain_core", "langchain"), ("llama_index", "llama_index", "llama-index"), ("chroma", "chromadb", "chroma")],
+)
+def test_a_missing_extra_says_the_pip_line(room: str, module: str, extra: str) -> None:
+    code = f"""
+import sys
+sys.modules[{module!r}] = None
+try:
+    import echo_integrations.{room}
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    assert f'pip install "echo-integrations[{extra}]"' in run(code)
+
+
+def test_public_names_are_there() -> None:
+    for name in echo_integrations.__all__:
+        assert getattr(echo_integrations, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        echo_integrations.nothing  # noqa: B018
