@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Self
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, model_validator
 
 from echo_integrations.config import EncoderSettings, InputError
 from echo_integrations.encoder import Encoder
@@ -17,39 +17,46 @@ from echo_integrations.encoder import Encoder
 class EncoderFields(EncoderSettings):
     """Fields of an embedding class: all of `EncoderSettings`, or a ready `Encoder` in their place."""
 
-    encoder: Encoder | None = Field(default=None, exclude=True, repr=False)
+    encoder: Encoder = Field(default_factory=Encoder, exclude=True, repr=False)
     """A ready `Encoder`; its settings become this object's, so none may be given beside it."""
-
-    _encoder: Encoder = PrivateAttr()
 
     @model_validator(mode="before")
     @classmethod
     def _take_settings_of_encoder(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping) or not isinstance(data.get("encoder"), Encoder):
+        if not isinstance(data, Mapping) or "encoder" not in data:
             return data
-        own = sorted(EncoderSettings.setting_names() & data.keys())
+        encoder, rest = data["encoder"], {name: value for name, value in data.items() if name != "encoder"}
+        if encoder is None:
+            return rest
+        if not isinstance(encoder, Encoder):
+            raise InputError(f"encoder is a {type(encoder).__name__}, not an Encoder: for a model's name pass model=")
+        own = sorted(EncoderSettings.setting_names() & rest.keys())
         if own:
             raise InputError(
                 f"encoder= was given together with {', '.join(own)}: the encoder has settings of its own; "
                 f"give one or the other, or encoder.replace({own[0]}=...)"
             )
-        return {**data, **data["encoder"].settings()}
+        return {**data, **encoder.settings()}
 
     @model_validator(mode="after")
-    def _keep_encoder(self) -> Self:
-        self._encoder = Encoder(**self.settings()) if self.encoder is None else self.encoder
+    def _make_encoder_of_settings(self) -> Self:
+        if "encoder" not in self.model_fields_set:
+            self.__dict__["encoder"] = Encoder(**self.settings())
         return self
+
+    def _arguments(self) -> dict[str, Any]:
+        return {name: value for name, value in super()._arguments().items() if name != "encoder"}
 
     @property
     def dimension(self) -> int:
         """Components of a vector."""
-        return self._encoder.dimension
+        return self.encoder.dimension
 
     @property
     def fingerprint(self) -> str:
         """Name of the vector space; see `Encoder.fingerprint`."""
-        return self._encoder.fingerprint
+        return self.encoder.fingerprint
 
     def unload(self) -> None:
         """Let go of the model; see `Encoder.unload`."""
-        self._encoder.unload()
+        self.encoder.unload()

@@ -30,7 +30,6 @@ _RECORDED = (
     "pooling max_length normalize_embeddings truncate_dim model_kwargs"
 ).split()
 _FIXED = {"fingerprint", *_RECORDED} - {"model_name", "revision", "adapter", "query_instruction"}
-_SECRETS = {"token", "use_auth_token"}
 _HARMLESS_KWARGS = {"quantization_config"}  # others, such as weights_only, can make a model run code
 
 
@@ -56,7 +55,7 @@ class EchoEmbeddingFunction(EmbeddingFunction[Documents]):
     """
 
     def __init__(self, *, encoder: Encoder | None = None, **settings: Any) -> None:
-        self._encoder: Encoder | None = EncoderFields(encoder=encoder, **settings)._encoder
+        self._encoder: Encoder | None = EncoderFields(encoder=encoder, **settings).encoder
         self._config = _record(self._encoder)
         self._checked = False
 
@@ -88,15 +87,13 @@ class EchoEmbeddingFunction(EmbeddingFunction[Documents]):
             InputError: Chroma built this function from a record that only a newer version, or only you, may use.
         """
         if self._encoder is None:
-            self.validate_config(self._config)
-            settings = self.get_config()
-            del settings["fingerprint"]
-            if kwargs := sorted(settings.get("model_kwargs", {}).keys() - _HARMLESS_KWARGS):
+            if kwargs := sorted(self._config.get("model_kwargs", {}).keys() - _HARMLESS_KWARGS):
                 raise InputError(
                     f"the collection was made with model_kwargs {', '.join(kwargs)}, which are not taken from a "
                     "database because they can run code: open it with open_collection and a function of your own"
                 )
-            self._encoder = Encoder(**settings)
+            self.validate_config(self._config)
+            self._encoder = Encoder(**{key: value for key, value in self._config.items() if key != "fingerprint"})
         return self._encoder
 
     @property
@@ -210,12 +207,11 @@ def open_collection(client: ClientAPI, name: str, function: EchoEmbeddingFunctio
 
 def _record(encoder: Encoder) -> dict[str, Any]:
     """What a database records of an encoder."""
-    kwargs = encoder.vector_space()["model_kwargs"]
     record = {
         **{name: getattr(encoder, name) for name in _RECORDED},
         "model_name": _lasting(encoder.model_name),
         "adapter": encoder.adapter and _lasting(encoder.adapter),
-        "model_kwargs": {key: value for key, value in kwargs.items() if key not in _SECRETS},
+        "model_kwargs": encoder.vector_space()["model_kwargs"],
         "fingerprint": encoder.fingerprint,
     }
     plain: dict[str, Any] = json.loads(canonical_json(record))

@@ -36,6 +36,7 @@ def canonical_json(value: Any) -> str:
     """
     return json.dumps(value, sort_keys=True, default=lambda v: v.to_dict() if hasattr(v, "to_dict") else repr(v))
 
+
 # what from_pretrained would take, and what says it here
 _NO_MODEL_KWARGS = {
     **{name: f"pass {name}=" for name in ("attn_implementation", "revision", "token", "trust_remote_code")},
@@ -240,4 +241,14 @@ class EncoderSettings(BaseModel):
             >>> EncoderSettings().replace(mode="classical").mode.value
             'classical'
         """
-        return type(self)(**{**self.settings(), **changes})
+        if "model" in changes:
+            changes["model_name"] = changes.pop("model")
+        return type(self)(**{**self._arguments(), **changes})
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As `replace`: pydantic's own would neither validate a change nor tell those who hold a setting."""
+        return self.replace(**(update or {}))
+
+    def _arguments(self) -> dict[str, Any]:
+        """What a new instance like this one is made with."""
+        return {name: getattr(self, name) for name in type(self).model_fields}

@@ -44,7 +44,7 @@ class EchoEmbeddings(EncoderFields, Embeddings):
             InputError: an item that is no text; the message gives its index.
         """
         texts = [texts] if isinstance(texts, str) else texts
-        return cast("list[list[float]]", self._encoder.encode_document(texts).tolist())
+        return cast("list[list[float]]", self.encoder.encode_document(texts).tolist())
 
     def embed_query(self, text: str) -> list[float]:
         """Embed a question.
@@ -58,4 +58,4 @@ class EchoEmbeddings(EncoderFields, Embeddings):
         Raises:
             InputError: not a string.
         """
-        return cast("list[float]", self._encoder.encode_query([text])[0].tolist())
+        return cast("list[float]", self.encoder.encode_query([text])[0].tolist())

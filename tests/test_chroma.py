@@ -153,7 +153,7 @@ def test_only_what_defines_the_space_is_recorded(client: Any, tmp_path: Path) ->
         token_budget=777,
         on_truncate="error",
         show_progress=False,
-        model_kwargs={"low_cpu_mem_usage": True, "token": "hf_secret"},
+        model_kwargs={"low_cpu_mem_usage": True},
         **settings,
     )
     record = open_collection(client, "notes", function).configuration_json["embedding_function"]
@@ -225,9 +225,9 @@ def test_unknown_entry_fails_at_the_first_call(key: str) -> None:
 
 
 def test_database_cannot_name_arguments_that_run_code() -> None:
-    config = {**EchoEmbeddingFunction().get_config(), "model_kwargs": {"weights_only": False}}
+    config = {**EchoEmbeddingFunction().get_config(), "model_kwargs": {"weights_only": False, "code_revision": "x"}}
     function = EchoEmbeddingFunction.build_from_config(config)
-    with pytest.raises(InputError, match=r"weights_only.*open_collection"):
+    with pytest.raises(InputError, match=r"code_revision, weights_only.*open_collection"):
         function.embed_query(TEXTS)
 
 

@@ -68,6 +68,7 @@ def test_settings_are_immutable_and_replace_validates() -> None:
     assert settings.replace(max_length=3).max_length == 3
     with pytest.raises(ValidationError, match="max_length"):
         settings.replace(max_length=0)
+    assert settings.replace(model="a/b").model_name == settings.model_copy(update={"model": "a/b"}).model_name == "a/b"
 
 
 def test_torch_objects_stand_for_their_names() -> None:

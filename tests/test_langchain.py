@@ -82,7 +82,7 @@ def test_a_ready_encoder_is_truly_used(nothing_loaded: None) -> None:
     encoder = Encoder(dtype="float32", mode="classical")
     expected = encoder.encode(["rain"])
     embeddings = EchoEmbeddings(encoder=encoder)
-    assert embeddings._encoder is encoder
+    assert embeddings.encoder is encoder
     assert (embeddings.mode, embeddings.dtype) == ("classical", "float32")  # its settings are this object's
     np.testing.assert_array_equal(embeddings.embed_documents(["rain"]), expected)
     assert len(registry.loaded()) == 1
@@ -97,7 +97,7 @@ def test_an_encoder_with_settings_beside_it_is_refused(own: dict[str, Any]) -> N
 def test_unknown_and_frozen(embeddings: EchoEmbeddings) -> None:
     with pytest.raises(ValidationError, match="modle"):
         EchoEmbeddings(modle="x")  # type: ignore[call-arg]
-    with pytest.raises(ValidationError, match="encoder"):
+    with pytest.raises(ValidationError, match="encoder is a str, not an Encoder: for a model's name pass model="):
         EchoEmbeddings(encoder="echo-mini")  # type: ignore[arg-type]
     with pytest.raises(ValidationError, match="frozen"):
         embeddings.max_length = 5
@@ -108,6 +108,8 @@ def test_replace_and_pickle(embeddings: EchoEmbeddings) -> None:
     other = embeddings.replace(query_template=None)
     assert other.embed_query("rain") != embeddings.embed_query("rain")
     assert EchoEmbeddings(encoder=Encoder(mode="classical")).replace(mode="echo").mode == "echo"
+    copy = embeddings.model_copy(update={"query_template": None})
+    assert copy.embed_query("rain") == other.embed_query("rain")  # the encoder behind follows
 
 
 def test_fingerprint_dimension_unload(embeddings: EchoEmbeddings, nothing_loaded: None) -> None:

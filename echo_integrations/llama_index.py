@@ -1,0 +1,189 @@
+"""`EchoEmbedding`: the encoder as a LlamaIndex embedding class. Knows nothing of the other frameworks."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hashlib
+import logging
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Self, cast
+
+from pydantic import ConfigDict, Field, field_serializer, model_validator
+
+from echo_integrations.adapter import EncoderFields
+from echo_integrations.config import EncoderSettings, InputError, Role
+from echo_integrations.encoder import Encoder
+
+try:
+    from llama_index.core.base.embeddings.base import BaseEmbedding
+    from llama_index.core.storage.kvstore.types import DEFAULT_COLLECTION, BaseKVStore
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError('LlamaIndex is not installed: pip install "echo-integrations[llama-index]"') from error
+
+_COLLECTION = "embeddings"  # where LlamaIndex keeps every vector, keyed by nothing but the text
+_role: ContextVar[Role] = ContextVar("role", default=Role.DOCUMENT)
+
+
+@contextmanager
+def _asking() -> Iterator[None]:
+    """What is looked up in a cache meanwhile is a query."""
+    token = _role.set(Role.QUERY)
+    try:
+        yield
+    finally:
+        _role.reset(token)
+
+
+class EchoEmbedding(EncoderFields, BaseEmbedding):
+    """Echo embeddings for LlamaIndex; takes the arguments of `EncoderSettings`, or ``encoder=`` a ready `Encoder`.
+
+    It also takes those of ``BaseEmbedding``. Each batch is one call of the encoder; the async methods run in threads,
+    so that the event loop stays free. Only arguments are dumped and pickled, never the model: each worker of an
+    ``IngestionPipeline`` loads its own (on a GPU use ``run``, because ``arun`` forks its workers on Linux). The token
+    is pickled, but is in no dump, repr or event.
+
+    One store may be the ``embeddings_cache`` of many models: it is wrapped in one that keeps vector spaces, queries
+    and documents apart, in collections named ``embeddings_<fingerprint>_<role>_<hash of the instruction>``.
+
+    Raises:
+        pydantic.ValidationError: (a ValueError) an unknown or impossible argument.
+        InputError: a setting is changed after construction.
+
+    Example:
+        >>> embed_model = EchoEmbedding(model="echo-mini")
+        >>> len(embed_model.get_query_embedding("how do I reset the pump?"))
+        256
+
+    Source: Springer et al., "Repetition Improves Language Model Embeddings", arXiv 2402.15449.
+    """
+
+    model_config = ConfigDict(frozen=False)
+
+    embed_batch_size: int = Field(default=256, gt=0, le=2048)
+    """Texts that LlamaIndex hands over at a time. Its own default is 10; the encoder sorts the texts that it gets by
+    length and sizes its batches by tokens (``token_budget``), which needs many texts and costs no memory."""
+
+    @classmethod
+    def class_name(cls) -> str:
+        """The name in dumps and events."""
+        return "EchoEmbedding"
+
+    @functools.wraps(BaseEmbedding.get_query_embedding, assigned=())  # marks it as traced: one span a call, not two
+    def get_query_embedding(self, query: str) -> list[float]:
+        """Embed a question.
+
+        Args:
+            query: a string.
+
+        Returns:
+            ``dimension`` floats.
+
+        Raises:
+            InputError: not a string.
+        """
+        with _asking():
+            return super().get_query_embedding(query)
+
+    @functools.wraps(BaseEmbedding.aget_query_embedding, assigned=())
+    async def aget_query_embedding(self, query: str) -> list[float]:
+        """As `get_query_embedding`, in a thread."""
+        with _asking():
+            return await super().aget_query_embedding(query)
+
+    def _get_query_embedding(self, query: str) -> list[float]:
+        return cast("list[float]", self.encoder.encode_query([query])[0].tolist())
+
+    def _get_text_embedding(self, text: str) -> list[float]:
+        return self._get_text_embeddings([text])[0]
+
+    def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
+        return cast("list[list[float]]", self.encoder.encode_document(texts).tolist())  # (n, D)
+
+    async def _aget_query_embedding(self, query: str) -> list[float]:
+        return await asyncio.to_thread(self._get_query_embedding, query)
+
+    async def _aget_text_embedding(self, text: str) -> list[float]:
+        return await asyncio.to_thread(self._get_text_embedding, text)
+
+    async def _aget_text_embeddings(self, texts: list[str]) -> list[list[float]]:
+        return await asyncio.to_thread(self._get_text_embeddings, texts)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "encoder" or name in EncoderSettings.setting_names():
+            raise InputError(f"{name} cannot be changed after construction: make a new one with replace({name}=...)")
+        if name == "embeddings_cache" and value is not None:
+            value = _SeparatingStore(value, self.encoder)
+        super().__setattr__(name, value)
+
+    @model_validator(mode="after")
+    def _separate_cache(self) -> Self:
+        self.embeddings_cache = self.embeddings_cache  # __setattr__ wraps it
+        return self
+
+    @field_serializer("embeddings_cache")
+    def _store_as_given(self, cache: Any) -> Any:
+        return cache and cache.store
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the arguments; of the live objects among them those that can be."""
+        arguments = self._arguments()
+        for name in arguments.keys() - EncoderSettings.model_fields.keys():
+            try:
+                pickle.dumps(arguments[name])
+            except Exception as error:  # whatever the object's own __reduce__ raises
+                logging.getLogger(__name__).warning("%s is not pickled with EchoEmbedding: %s", name, error)
+                del arguments[name]
+        return functools.partial(type(self), **arguments), ()
+
+
+class _SeparatingStore(BaseKVStore):
+    """A store whose collection "embeddings" is another one for each vector space, role and instruction."""
+
+    def __init__(self, store: Any, encoder: Encoder) -> None:
+        self.store: BaseKVStore = store.store if isinstance(store, _SeparatingStore) else store
+        self._encoder = encoder
+        if not isinstance(self.store, BaseKVStore):
+            raise TypeError(f"embeddings_cache is {type(store).__name__}: pass a BaseKVStore, such as SimpleKVStore")
+
+    @functools.cached_property
+    def _collections(self) -> dict[Role, str]:
+        """Computed late, because the fingerprint needs the model's files."""
+        instructions = {Role.QUERY: self._encoder.query_instruction, Role.DOCUMENT: self._encoder.document_instruction}
+        hashes = {role: hashlib.sha256((text or "").encode()).hexdigest()[:16] for role, text in instructions.items()}
+        return {role: f"{_COLLECTION}_{self._encoder.fingerprint}_{role}_{hashes[role]}" for role in Role}
+
+    def _name(self, collection: str) -> str:
+        return self._collections[_role.get()] if collection == _COLLECTION else collection
+
+    async def _aname(self, collection: str) -> str:
+        if "_collections" not in vars(self):
+            await asyncio.to_thread(lambda: self._collections)
+        return self._name(collection)
+
+    def put(self, key: str, val: dict[str, Any], collection: str = DEFAULT_COLLECTION) -> None:
+        self.store.put(key, val, self._name(collection))
+
+    async def aput(self, key: str, val: dict[str, Any], collection: str = DEFAULT_COLLECTION) -> None:
+        await self.store.aput(key, val, await self._aname(collection))
+
+    def get(self, key: str, collection: str = DEFAULT_COLLECTION) -> dict[str, Any] | None:
+        return self.store.get(key, self._name(collection))
+
+    async def aget(self, key: str, collection: str = DEFAULT_COLLECTION) -> dict[str, Any] | None:
+        return await self.store.aget(key, await self._aname(collection))
+
+    def get_all(self, collection: str = DEFAULT_COLLECTION) -> dict[str, dict[str, Any]]:
+        return self.store.get_all(self._name(collection))
+
+    async def aget_all(self, collection: str = DEFAULT_COLLECTION) -> dict[str, dict[str, Any]]:
+        return await self.store.aget_all(await self._aname(collection))
+
+    def delete(self, key: str, collection: str = DEFAULT_COLLECTION) -> bool:
+        return self.store.delete(key, self._name(collection))
+
+    async def adelete(self, key: str, collection: str = DEFAULT_COLLECTION) -> bool:
+        return await self.store.adelete(key, await self._aname(collection))
