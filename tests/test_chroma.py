@@ -278,7 +278,7 @@ def test_another_process_finds_the_function_again(tmp_path: Path) -> None:
     client = chromadb.PersistentClient(tmp_path / "db")
     collection = fill(open_collection(client, "notes", EchoEmbeddingFunction(mode="echo", query_template="classical")))
     here = collection.query(query_texts=QUESTIONS, n_results=3, include=["distances"])
-    client.close()
+    del client  # closes it, in every version of Chroma
     script = """
 import json, sys, chromadb, echo_integrations.chroma
 collection = chromadb.PersistentClient(sys.argv[1]).get_collection("notes")
