@@ -18,6 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from echo_integrations.config import BUILT_IN_MODEL, EncoderSettings, ModelLoadError
 from echo_integrations.tokenizer import TextTokenizer
 
@@ -272,5 +274,10 @@ def _hash_file(path: str, size: int, mtime_ns: int) -> str:
     blob = Path(path).resolve()
     if blob.parent.name == "blobs" and _BLOB_NAME.fullmatch(blob.name):
         return blob.name
-    with blob.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    bar = tqdm(total=size, desc=f"fingerprint of {blob.name}", unit="B", unit_scale=True, delay=2, disable=None)
+    with blob.open("rb") as file, bar:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+            bar.update(len(chunk))
+    return digest.hexdigest()

@@ -129,7 +129,9 @@ class EncoderSettings(BaseModel):
         512
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
     model_name: str = Field(default=BUILT_IN_MODEL, alias="model", min_length=1)
     """Hub id, local folder, or ``"echo-mini"``, the small model that comes with the package. Alias: ``model``."""
