@@ -15,9 +15,8 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from transformers import AutoConfig, AutoModel, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModel, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from echo_integrations import Encoder
 from echo_integrations.backbone import cpu_multiplies_bfloat16
 
 ASSETS = Path(__file__).parents[1] / "echo_integrations" / "assets"
@@ -54,8 +53,9 @@ def build_qwen3_600m(folder: Path) -> Path:
             max_position_embeddings=40_960,
             tie_word_embeddings=True,
         )
-        with torch.device("cpu"):
-            Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+        model: torch.nn.Module = Qwen3ForCausalLM(config)
+        model.to(torch.bfloat16)
+        model.save_pretrained(folder)  # type: ignore[operator]
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(ASSETS / "echo-mini" / name, folder / name)
     return folder
@@ -83,10 +83,10 @@ class PlainLoop:
         return torch.cat(vectors).numpy()
 
 
-def count_tokens(texts: Sequence[str], encoder: Encoder) -> int:
-    """Tokens that the encoder lays out for the texts, padding not counted."""
-    tokenizer = AutoTokenizer.from_pretrained(Path(str(encoder.model_name)) if "/" in encoder.model_name else ASSETS / "echo-mini")
-    return sum(min(len(ids), encoder.max_length) for ids in tokenizer(list(texts))["input_ids"])
+def count_tokens(texts: Sequence[str], folder: Path) -> int:
+    """Tokens of the texts, each cut to 512; padding is not counted."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return sum(min(len(ids), 512) for ids in tokenizer(list(texts))["input_ids"])
 
 
 def machine() -> str:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from common import ASSETS, PlainLoop, build_qwen3_600m, count_tokens, machine, textbook_texts
+
 from echo_integrations import Encoder
 
 
@@ -43,7 +43,7 @@ def main() -> None:
     loop = PlainLoop(folder)
     sides: dict[str, Callable[[list[str]], Any]] = {"plain loop, float32": loop.encode}
     sides |= {f"encoder, {dtype}": encoder.encode for dtype, encoder in encoders.items()}
-    tokens = count_tokens(texts, next(iter(encoders.values())))
+    tokens = count_tokens(texts, folder)
     print(f"{machine()}\n{len(texts)} texts, {tokens} tokens, {args.rounds} rounds interleaved, shape {args.shape}\n")
 
     seconds: dict[str, list[float]] = {name: [] for name in sides}

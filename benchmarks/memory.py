@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from common import machine
+
 from echo_integrations import Encoder
 
 WORDS = "pump valve pressure filter tank lamp garden winter cable water seal gauge relay".split()
@@ -48,7 +49,7 @@ def main() -> None:
     result = vectors.nbytes / 1e6
     print(machine())
     print(f"{len(texts)} texts in {seconds:.0f} s ({len(texts) / seconds:.0f} texts/s)")
-    print(f"result {result:.0f} MB, peak beyond it {peak() - before - result:.0f} MB (was {before:.0f} MB before the call)")
+    print(f"result {result:.0f} MB, peak beyond it {peak() - before - result:.0f} MB; {before:.0f} MB before the call")
 
 
 if __name__ == "__main__":

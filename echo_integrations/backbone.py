@@ -25,7 +25,7 @@ from echo_integrations.config import EncoderSettings, EncodingError, ModelLoadEr
 
 Ids = NDArray[np.int32]
 
-_CPU_TOKEN_BUDGET = 4096
+_CPU_TOKEN_BUDGET = 2048
 _GPU_TOKEN_BUDGET = 32768
 
 
@@ -102,6 +102,10 @@ class Registry:
     """The backbones of this process, each with the objects that use it."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Start with nothing loaded and nobody waiting."""
         self._lock = threading.Lock()
         self._loading = threading.Lock()  # one load at a time: transformers changes global state meanwhile
         self._backbones: dict[BackboneSpec, Backbone] = {}
@@ -153,7 +157,7 @@ def _start_afresh_after_fork() -> None:
     """A forked child owns none of its parent's locks, threads or GPU contexts: it loads anew when asked."""
     global _threads_lost
     _threads_lost = _threads_lost or bool(registry.loaded())
-    registry.__init__()  # type: ignore[misc]
+    registry.forget()
 
 
 if hasattr(os, "register_at_fork"):
@@ -187,7 +191,8 @@ def load(spec: BackboneSpec) -> Backbone:
     except Exception as error:  # whatever a model's own code, safetensors or the GPU driver raises
         raise ModelLoadError(
             f"the model in {spec.checkpoint.folder} cannot be loaded on {spec.device} "
-            f"({type(error).__name__}: {error}); unless that says what to do, check that the weights were downloaded whole"
+            f"({type(error).__name__}: {error}); unless that says what to do, "
+            "check that the weights were downloaded whole"
             + ("; a forked process cannot use the GPU: start workers with 'spawn'" if _threads_lost else "")
         ) from error
     model.eval().requires_grad_(False)
@@ -250,7 +255,7 @@ def _merge_adapter(model: Any, spec: BackboneSpec) -> Any:
         inner = f"base_model.model.{model.base_model_prefix}."
         weights = {key.replace(inner, "base_model.model.", 1): value for key, value in weights.items()}
         wrapped = PeftModel(model, config)
-        result = set_peft_model_state_dict(wrapped, weights)
+        result: Any = set_peft_model_state_dict(wrapped, weights)
         lacking = [key for key in result.missing_keys if wrapped.base_model.prefix in key]
         if misfits := [*result.unexpected_keys, *lacking]:
             raise ValueError(f"its tensors do not fit: {', '.join(sorted(misfits)[:3])}")
@@ -269,6 +274,10 @@ def choose_device(device: str | None) -> torch.device:
 
     Raises:
         ModelLoadError: there is no such device here.
+
+    Example:
+        >>> choose_device("cpu")
+        device(type='cpu')
     """
     if device is None:
         if torch.cuda.is_available():
@@ -285,7 +294,12 @@ def choose_device(device: str | None) -> torch.device:
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype that a setting means: ``auto`` is bfloat16 where the hardware multiplies it, else float32."""
+    """The dtype that a setting means: ``auto`` is bfloat16 where the hardware multiplies it, else float32.
+
+    Example:
+        >>> choose_dtype("float16", torch.device("cpu"))
+        torch.float16
+    """
     if dtype != "auto":
         chosen: torch.dtype = getattr(torch, dtype)
         return chosen

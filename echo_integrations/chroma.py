@@ -55,7 +55,9 @@ class EchoEmbeddingFunction(EmbeddingFunction[Documents]):
     """
 
     def __init__(self, *, encoder: Encoder | None = None, **settings: Any) -> None:
-        self._encoder: Encoder | None = EncoderFields(encoder=encoder, **settings).encoder
+        self._encoder: Encoder | None = EncoderFields(
+            **settings | ({} if encoder is None else {"encoder": encoder})
+        ).encoder
         self._config = _record(self._encoder)
         self._checked = False
 

@@ -152,7 +152,7 @@ def _info(args: argparse.Namespace) -> None:
     device = choose_device(encoder.device)
     facts = {
         "model": encoder.model_name,
-        "mode": encoder.mode.value,
+        "mode": str(encoder.mode),
         "dimension": encoder.dimension,
         "fingerprint": encoder.fingerprint,
         "device": str(device),

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
-from typing import Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 BUILT_IN_MODEL = "echo-mini"
 
@@ -87,6 +87,20 @@ class Role(StrEnum):
     """What is searched."""
 
 
+E = TypeVar("E", bound=StrEnum)
+
+
+def _one_of(enumeration: type[E]) -> AfterValidator:
+    """Turns a word into the member that it names."""
+
+    def member(word: str) -> E:
+        if word not in list(enumeration):
+            raise ValueError(f"{word!r} is not one of {', '.join(repr(str(m)) for m in enumeration)}")
+        return enumeration(word)
+
+    return AfterValidator(member)
+
+
 class EchoIntegrationsError(Exception):
     """Base class of every error that this package raises on purpose."""
 
@@ -152,7 +166,7 @@ class EncoderSettings(BaseModel):
     """``"sdpa"``, ``"eager"``, ``"flash_attention_2"`` ...; transformers' choice unless given."""
     adapter: str | None = None
     """A PEFT adapter (Hub id or folder) that is merged into the model when it is loaded."""
-    mode: Mode = Mode.ECHO
+    mode: Annotated[Mode | str, _one_of(Mode)] = Mode.ECHO
     """``"echo"`` or ``"classical"``: chooses the default templates."""
     query_template: str | None = None
     """Preset name or template for queries; the mode's own unless given. See `echo_integrations.recipe`."""
@@ -162,11 +176,11 @@ class EncoderSettings(BaseModel):
     """Fills ``%%prompt%%`` of the query template; ``""`` and None mean none."""
     document_instruction: str | None = None
     """Fills ``%%prompt%%`` of the document template; ``""`` and None mean none."""
-    pooling: Pooling = Pooling.MEAN
+    pooling: Annotated[Pooling | str, _one_of(Pooling)] = Pooling.MEAN
     """``"mean"`` of the pooled tokens or the ``"last"`` one."""
     max_length: int = Field(default=512, ge=1, strict=True)
     """Tokens of a text that are used, per copy; clamped to what the backbone's positions allow."""
-    on_truncate: OnTruncate = OnTruncate.WARN
+    on_truncate: Annotated[OnTruncate | str, _one_of(OnTruncate)] = OnTruncate.WARN
     """``"truncate"``, ``"warn"`` or ``"error"`` when a text is longer than that."""
     normalize_embeddings: bool = True
     """Whether vectors are scaled to length 1."""

@@ -66,7 +66,16 @@ class Encoder(EncoderSettings):
 
     @property
     def dimension(self) -> int:
-        """Components of a vector; known without loading weights."""
+        """Components of a vector; known without loading weights.
+
+        Raises:
+            InputError: ``truncate_dim`` is more than the model has.
+            ModelLoadError: no such model.
+
+        Example:
+            >>> Encoder(model="echo-mini").dimension
+            256
+        """
         size = self._checkpoint().hidden_size
         if self.truncate_dim is not None and self.truncate_dim > size:
             raise InputError(f"truncate_dim={self.truncate_dim} is more than the {size} components of the model")
@@ -79,29 +88,48 @@ class Encoder(EncoderSettings):
         Encoders with equal fingerprints give interchangeable vectors, whatever their device and compute dtype.
         The document instruction counts in full; of the query instruction only whether there is one, because a
         query may be reworded over the same index: keep cached query vectors apart by instruction.
+
+        Raises:
+            ModelLoadError: no such model.
+
+        Example:
+            >>> Encoder(dtype="float32").fingerprint == Encoder(dtype="bfloat16").fingerprint
+            True
+            >>> Encoder(mode="echo").fingerprint == Encoder(mode="classical").fingerprint
+            False
         """
         return hashlib.sha256(canonical_json(self.vector_space()).encode()).hexdigest()[:32]
 
     def vector_space(self) -> dict[str, Any]:
-        """What defines the vectors, as JSON-able values; needs the model's files but loads no weights."""
+        """What defines the vectors, as JSON-able values; needs the model's files but loads no weights.
+
+        Example:
+            >>> Encoder(mode="classical").vector_space()["document_template"]
+            '{%%text%%}'
+        """
         query, document = self._recipe(Role.QUERY), self._recipe(Role.DOCUMENT)
         return {
             "files": self._checkpoint().digest(),
             "model_kwargs": {k: v for k, v in self.model_kwargs.items() if k not in _OPERATIONAL},
-            "mode": self.mode.value,
+            "mode": str(self.mode),
             "query_template": query.template,
             "query_max_length": query.max_length,
             "query_instruction": bool(self.query_instruction),
             "document_template": document.template,
             "document_max_length": document.max_length,
             "document_instruction": self.document_instruction or "",
-            "pooling": self.pooling.value,
+            "pooling": str(self.pooling),
             "normalize_embeddings": self.normalize_embeddings,
             "dimension": self.dimension,
         }
 
     def encode(self, texts: str | Iterable[str]) -> Vectors:
-        """Embed documents: `encode_document` without a choice of instruction."""
+        """Embed documents: `encode_document` without a choice of instruction.
+
+        Example:
+            >>> Encoder().encode(["A valve.", "A pump."]).shape
+            (2, 256)
+        """
         return self.encode_document(texts)
 
     def encode_document(self, texts: str | Iterable[str], instruction: str | None = None) -> Vectors:
@@ -179,12 +207,15 @@ class Encoder(EncoderSettings):
 
         Yields:
             (m,) positions of texts and their (m, D) vectors; every text comes exactly once.
+
+        Example:
+            >>> [(positions.tolist(), vectors.shape) for positions, vectors in Encoder().encode_batches(["a", "b"])]
+            [([0, 1], (2, 256))]
         """
         role = Role(role)
         if instruction is None:
-            instruction = self.query_instruction if role is Role.QUERY else self.document_instruction
-        texts_of_all = _checked([] if instruction is None else [instruction], "instruction")
-        instruction = "".join(texts_of_all)
+            instruction = (self.query_instruction if role is Role.QUERY else self.document_instruction) or ""
+        instruction = next(_checked([instruction], "instruction"))
         recipe = self._recipe(role)
         recipe.render([], instruction)  # refuses an instruction without a place before anything is computed
         report = _TruncationReport(self.on_truncate, recipe.max_length)
@@ -198,7 +229,13 @@ class Encoder(EncoderSettings):
                     yield np.concatenate([owners[i] for i in batch]), np.repeat(vectors, repeats, axis=0)
 
     def unload(self) -> None:
-        """Let go of the model; it leaves memory when no other encoder in use holds it, and comes back at need."""
+        """Let go of the model; it leaves memory when no other encoder in use holds it, and comes back at need.
+
+        Example:
+            >>> encoder = Encoder()
+            >>> vector = encoder.encode("a")
+            >>> encoder.unload()
+        """
         registry.release(self)
 
     def _encode(self, texts: str | Iterable[str], role: Role, instruction: str | None) -> Vectors:
@@ -281,18 +318,18 @@ class Encoder(EncoderSettings):
 class _TruncationReport:
     """Says once a call that texts were cut, or refuses them."""
 
-    def __init__(self, on_truncate: OnTruncate, max_length: int) -> None:
-        self._on_truncate = on_truncate
+    def __init__(self, on_truncate: str, max_length: int) -> None:
+        self._on_truncate = OnTruncate(on_truncate)
         self._max_length = max_length
 
     def check(self, rendered: Sequence[Rendered], owners: Sequence[list[int]]) -> None:
-        if self._on_truncate is OnTruncate.TRUNCATE:
+        if self._on_truncate == OnTruncate.TRUNCATE:
             return
         for item, places in zip(rendered, owners, strict=True):
             if item.length <= self._max_length:
                 continue
             what = f"texts[{places[0]}] has {item.length} tokens, more than max_length={self._max_length}"
-            if self._on_truncate is OnTruncate.ERROR:
+            if self._on_truncate == OnTruncate.ERROR:
                 raise TruncationError(f"{what}: split it, raise max_length, or pass on_truncate='truncate'")
             warnings.warn(
                 f"{what}: it was cut, and so is every longer text of this call; split such texts, raise max_length, "

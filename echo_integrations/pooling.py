@@ -12,7 +12,7 @@ from echo_integrations.config import Pooling
 Spans = Sequence[tuple[int, int]]
 
 
-def pool(hidden: Tensor, spans: Sequence[Spans], pooling: Pooling) -> Tensor:
+def pool(hidden: Tensor, spans: Sequence[Spans], pooling: Pooling | str) -> Tensor:
     """Pool the marked positions of each row.
 
     Args:
@@ -28,7 +28,7 @@ def pool(hidden: Tensor, spans: Sequence[Spans], pooling: Pooling) -> Tensor:
         >>> pool(hidden, [[(0, 2)]], Pooling.MEAN).item(), pool(hidden, [[(0, 2)]], Pooling.LAST).item()
         (2.0, 3.0)
     """
-    if pooling is Pooling.LAST:
+    if pooling == Pooling.LAST:
         last = torch.tensor([row[-1][1] - 1 for row in spans], device=hidden.device)  # (B,)
         return hidden[torch.arange(len(spans), device=hidden.device), last].float()
     mask = torch.zeros(hidden.shape[:2], dtype=torch.float32)  # (B, T)

@@ -163,7 +163,7 @@ def parse_template(template: str) -> tuple[Piece, ...]:
     return tuple(pieces)
 
 
-def resolve_template(template: str | None, mode: Mode, bos: str, eos: str) -> str:
+def resolve_template(template: str | None, mode: Mode | str, bos: str, eos: str) -> str:
     """The template that a setting means: presets by name, None for the mode's own, anything else as it is.
 
     Args:
@@ -176,7 +176,7 @@ def resolve_template(template: str | None, mode: Mode, bos: str, eos: str) -> st
         >>> resolve_template(None, Mode.CLASSICAL, bos="<s>", eos="</s>")
         '<s>{%%text%%}'
     """
-    chosen = DEFAULT_PRESET[mode] if template is None else template
+    chosen = DEFAULT_PRESET[Mode(mode)] if template is None else template
     if chosen not in PRESETS:
         return chosen
     return PRESETS[chosen].replace("<bos>", bos).replace("{<eos>}", f"{{{eos}}}" if eos else "")

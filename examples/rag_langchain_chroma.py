@@ -2,6 +2,8 @@
 
     python examples/rag_langchain_chroma.py                          # the built-in demonstration model, offline
     python examples/rag_langchain_chroma.py --model Qwen/Qwen3-0.6B  # any other backbone
+
+Chroma's files stay in examples/chroma (--folder): the second run finds its passages indexed.
 """
 
 import argparse
@@ -9,7 +11,6 @@ import json
 from pathlib import Path
 
 from langchain_chroma import Chroma
-from langchain_core.documents import Document
 
 from echo_integrations.langchain import EchoEmbeddings
 
@@ -31,8 +32,7 @@ def open_store(embeddings: EchoEmbeddings, folder: Path) -> Chroma:
     )
     if not store.get(limit=1)["ids"]:
         passages = read("corpus.jsonl")
-        documents = [Document(f"{p['title']}. {p['text']}", metadata={"title": p["title"]}) for p in passages]
-        store.add_documents(documents, ids=[p["id"] for p in passages])
+        store.add_texts([f"{p['title']}. {p['text']}" for p in passages], ids=[p["id"] for p in passages])
     return store
 
 
@@ -50,7 +50,8 @@ def main() -> None:
         store = open_store(EchoEmbeddings(model=args.model, mode=mode), args.folder)
         print(f"\n{mode}: {args.question}")
         for document, distance in store.similarity_search_with_score(args.question, k=3):
-            print(f"  {1 - distance:.3f}  {document.metadata['title']}: {document.page_content.split('. ', 1)[1][:70]}...")
+            title, text = document.page_content.split(". ", 1)
+            print(f"  {1 - distance:.3f}  {title}: {text[:70]}...")
         found = [[d.id for d in store.similarity_search(q["question"], k=3)] for q in questions]
         hits = [(q["passage"] == ids[0], q["passage"] in ids) for q, ids in zip(questions, found, strict=True)]
         recall[mode] = (sum(first for first, _ in hits) / len(hits), sum(any_ for _, any_ in hits) / len(hits))

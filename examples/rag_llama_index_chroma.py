@@ -2,6 +2,8 @@
 
     python examples/rag_llama_index_chroma.py                          # the built-in demonstration model, offline
     python examples/rag_llama_index_chroma.py --model Qwen/Qwen3-0.6B  # any other backbone
+
+Chroma's files stay in examples/chroma (--folder): the second run finds its passages indexed.
 """
 
 import argparse
@@ -31,11 +33,7 @@ def open_index(embedding: EchoEmbedding, folder: Path) -> VectorStoreIndex:
     store = ChromaVectorStore(chroma_collection=collection)
     if collection.count():
         return VectorStoreIndex.from_vector_store(store, embed_model=embedding)
-    nodes = [
-        TextNode(id_=p["id"], text=f"{p['title']}. {p['text']}", metadata={"title": p["title"]},
-                 excluded_embed_metadata_keys=["title"])
-        for p in read("corpus.jsonl")
-    ]  # fmt: skip
+    nodes = [TextNode(id_=p["id"], text=f"{p['title']}. {p['text']}") for p in read("corpus.jsonl")]
     return VectorStoreIndex(
         nodes, storage_context=StorageContext.from_defaults(vector_store=store), embed_model=embedding
     )
@@ -58,7 +56,8 @@ def main() -> None:
         at_1, at_3 = (sum(column) / len(hits) for column in zip(*hits, strict=True))
         print(f"  {mode:<35}{at_1:>8.1%}{at_3:>10.1%}")
         for hit in retriever.retrieve(args.question):
-            print(f"    {hit.score:.3f}  {hit.node.metadata['title']}: {hit.node.get_content().split('. ', 1)[1][:60]}...")
+            title, text = hit.node.get_content().split(". ", 1)
+            print(f"    {hit.score:.3f}  {title}: {text[:60]}...")
 
 
 if __name__ == "__main__":

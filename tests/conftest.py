@@ -6,9 +6,9 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"  # the suite needs no model hub; read when huggingface_hub is imported
 
 import pytest
+
 from echo_integrations.backbone import registry
 from echo_integrations.encoder import Encoder
-
 from tests import tiny
 
 DATA = Path(__file__).parent / "data"
@@ -45,6 +45,6 @@ def mini() -> Callable[..., Encoder]:
 @pytest.fixture
 def nothing_loaded() -> Iterator[None]:
     """A process that has loaded no backbone yet."""
-    registry.__init__()  # type: ignore[misc]
+    registry.forget()
     yield
-    registry.__init__()  # type: ignore[misc]
+    registry.forget()

@@ -6,14 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel
+
 from echo_integrations import backbone as module
 from echo_integrations.backbone import BackboneSpec, Registry, choose_device, choose_dtype, is_out_of_memory, registry
 from echo_integrations.checkpoint import Checkpoint
 from echo_integrations.config import EncodingError, ModelLoadError
 from echo_integrations.encoder import Encoder
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel
 
 Tiny = Callable[[str], Path]
 
@@ -44,7 +45,9 @@ def test_a_token_without_an_embedding_row_is_an_error_not_a_crash(tiny_model: Ti
 
 
 def test_a_bidirectional_model_is_refused(tiny_model: Tiny, tmp_path: Path) -> None:
-    config = BertConfig(vocab_size=600, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    config = BertConfig(
+        vocab_size=600, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
     BertModel(config).save_pretrained(tmp_path)
     for file in tiny_model("qwen3").glob("tokenizer*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -123,7 +126,12 @@ def lora(folder: Path, target: Path, with_head: bool) -> Any:
 def test_an_adapter_is_merged(with_head: bool, tiny_model: Tiny, tmp_path: Path, nothing_loaded: None) -> None:
     folder = tiny_model("llama")
     lora(folder, tmp_path, with_head)
-    settings: dict[str, Any] = {"model": str(folder), "dtype": "float32", "mode": "classical", "normalize_embeddings": False}
+    settings: dict[str, Any] = {
+        "model": str(folder),
+        "dtype": "float32",
+        "mode": "classical",
+        "normalize_embeddings": False,
+    }
     adapted, plain = Encoder(**settings, adapter=str(tmp_path)), Encoder(**settings)
     auto = AutoModelForCausalLM if with_head else AutoModel
     unmerged = PeftModel.from_pretrained(auto.from_pretrained(folder, dtype=torch.float32), tmp_path)

@@ -1,6 +1,7 @@
-from echo_integrations.batching import distinct, plan, slices, windows
 from hypothesis import given
 from hypothesis import strategies as st
+
+from echo_integrations.batching import distinct, plan, slices, windows
 
 
 def test_the_longest_come_first_and_fill_the_budget() -> None:

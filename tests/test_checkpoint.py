@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -6,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5ForConditionalGeneration
+
 from echo_integrations.checkpoint import Checkpoint
 from echo_integrations.config import EncoderSettings, ModelLoadError
 from echo_integrations.encoder import Encoder
-from safetensors.torch import load_file, save_file
-from transformers import T5Config, T5ForConditionalGeneration
 
 Tiny = Callable[[str], Path]
 
@@ -34,8 +36,6 @@ def hub_cache(model: Path, cache: Path, repo: str) -> Path:
     (root / "refs").mkdir()
     (root / "refs" / "main").write_text(snapshot.name)
     for file in model.iterdir():
-        import hashlib
-
         name = hashlib.sha256(file.read_bytes()).hexdigest()
         if file.suffix != ".safetensors":
             name = name[:40]  # small files are named by their git hash
@@ -95,9 +95,7 @@ def test_a_released_checkpoint_brings_its_templates(tiny_model: Tiny, tmp_path: 
     name = "jspringer/echo-mistral-7b-instruct-lasttoken"
     hub_cache(tiny_model("mistral"), tmp_path, name)
     space = Encoder(model=name, cache_folder=str(tmp_path)).vector_space()
-    assert space["query_template"] == (
-        "<s>Instruct:{!%%prompt%%,}\nQuery:{!%%text%%}\nQuery again:{%%text%%}{</s>}"
-    )
+    assert space["query_template"] == ("<s>Instruct:{!%%prompt%%,}\nQuery:{!%%text%%}\nQuery again:{%%text%%}{</s>}")
     assert space["document_template"] == "<s>Document:{!%%text%%}\nDocument again:{%%text%%}{</s>}"
     assert (space["pooling"], space["query_instruction"]) == ("last", True)
 
@@ -187,7 +185,9 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
 def test_digest_follows_contents_not_names_or_spellings(copy: Path) -> None:
     before = find(copy).digest()
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**config, "transformers_version": "9.9", "dtype": "bfloat16"}, indent=1))
+    (copy / "config.json").write_text(
+        json.dumps({**config, "transformers_version": "9.9", "dtype": "bfloat16"}, indent=1)
+    )
     assert find(copy).digest() == before
     (copy / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
     assert find(copy).digest()["config"] != before["config"]

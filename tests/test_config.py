@@ -1,7 +1,8 @@
 import pytest
 import torch
-from echo_integrations.config import EncoderSettings, Pooling, canonical_json
 from pydantic import ValidationError
+
+from echo_integrations.config import EncoderSettings, Pooling, canonical_json
 
 
 def test_the_defaults_are_the_documented_ones() -> None:
@@ -49,6 +50,7 @@ def test_model_is_an_alias_and_only_one_of_the_two_names_is_taken() -> None:
         {"token_budget": 0},
         {"dtype": "int8"},
         {"mode": "both"},
+        {"mode": 3},
         {"pooling": "max"},
         {"on_truncate": "ignore"},
         {"model": ""},
@@ -83,7 +85,9 @@ def test_the_token_is_never_shown() -> None:
     assert settings.replace(mode="classical").token == settings.token
 
 
-@pytest.mark.parametrize("name", ["jspringer/echo-mistral-7b-instruct-lasttoken", "./echo-mistral-7b-instruct-lasttoken/"])
+@pytest.mark.parametrize(
+    "name", ["jspringer/echo-mistral-7b-instruct-lasttoken", "./echo-mistral-7b-instruct-lasttoken/"]
+)
 def test_released_checkpoints_bring_what_they_were_trained_with(name: str) -> None:
     settings = EncoderSettings(model=name)
     assert settings.query_template == "fine-tuned-query"

@@ -4,8 +4,9 @@ import doctest
 from importlib import import_module
 from pathlib import Path
 
-import echo_integrations
 import pytest
+
+import echo_integrations
 
 ROOMS = sorted(path.stem for path in Path(echo_integrations.__file__).parent.glob("*.py") if path.stem != "__main__")
 

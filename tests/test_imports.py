@@ -5,8 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import echo_integrations
 import pytest
+
+import echo_integrations
 
 PACKAGE = Path(echo_integrations.__file__).parent
 FLOORS = [
@@ -68,7 +69,11 @@ def test_the_encoder_needs_no_framework() -> None:
 
 @pytest.mark.parametrize(
     ("room", "module", "extra"),
-    [("langchain", "langchain_core", "langchain"), ("llama_index", "llama_index", "llama-index"), ("chroma", "chromadb", "chroma")],
+    [
+        ("langchain", "langchain_core", "langchain"),
+        ("llama_index", "llama_index", "llama-index"),
+        ("chroma", "chromadb", "chroma"),
+    ],
 )
 def test_a_missing_extra_says_the_pip_line(room: str, module: str, extra: str) -> None:
     code = f"""

@@ -3,9 +3,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from echo_integrations.backbone import registry
-from echo_integrations.encoder import Encoder
-from echo_integrations.langchain import EchoEmbeddings
 from langchain_chroma import Chroma
 from langchain_classic.embeddings import CacheBackedEmbeddings
 from langchain_core.embeddings import Embeddings
@@ -13,6 +10,10 @@ from langchain_core.stores import InMemoryByteStore
 from langchain_tests.integration_tests import EmbeddingsIntegrationTests
 from langchain_tests.unit_tests import EmbeddingsUnitTests
 from pydantic import ValidationError
+
+from echo_integrations.backbone import registry
+from echo_integrations.encoder import Encoder
+from echo_integrations.langchain import EchoEmbeddings
 
 
 class TestStandardUnit(EmbeddingsUnitTests):

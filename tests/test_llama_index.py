@@ -352,7 +352,9 @@ def payload_of(model: EchoEmbedding) -> dict[str, Any]:
 async def test_events(events: Events, spans: SimpleSpanHandler) -> None:
     model = make()
     payload = payload_of(model)
-    assert payload.items() >= {"class_name": "EchoEmbedding", "model_name": "echo-mini", "embed_batch_size": 256}.items()
+    assert (
+        payload.items() >= {"class_name": "EchoEmbedding", "model_name": "echo-mini", "embed_batch_size": 256}.items()
+    )
     vector = model.get_query_embedding(QUESTION)
     assert await model.aget_query_embedding(QUESTION) == pytest.approx(vector)
     starts = [event for event in events.seen if isinstance(event, EmbeddingStartEvent)]

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from echo_integrations.config import Pooling
 from echo_integrations.pooling import pool
 

@@ -3,10 +3,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from echo_integrations.config import InputError, Mode, TemplateError
-from echo_integrations.recipe import PRESETS, Ids, Piece, Recipe, parse_template, resolve_template
 from hypothesis import example, given
 from hypothesis import strategies as st
+
+from echo_integrations.config import InputError, Mode, TemplateError
+from echo_integrations.recipe import PRESETS, Ids, Piece, Recipe, parse_template, resolve_template
 
 
 class Characters:
@@ -119,7 +120,9 @@ def test_max_length_is_clamped_to_the_positions() -> None:
         ("{%%text%%}{</s>}", [2], (0, 1)),  # the template pools a token of its own
     ],
 )
-def test_an_empty_text_pools_the_token_before_its_place(template: str, expected: list[int], span: tuple[int, int]) -> None:
+def test_an_empty_text_pools_the_token_before_its_place(
+    template: str, expected: list[int], span: tuple[int, int]
+) -> None:
     rendered = Recipe(template, Characters(), 9).render([""])[0]
     assert rendered.ids.tolist() == expected
     assert rendered.spans == (span,)

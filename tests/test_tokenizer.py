@@ -3,11 +3,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from echo_integrations.config import ModelLoadError
-from echo_integrations.tokenizer import TextTokenizer
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
+from echo_integrations.config import ModelLoadError
+from echo_integrations.tokenizer import TextTokenizer
 from tests.tiny import ARCHITECTURES
 
 

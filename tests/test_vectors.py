@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from echo_integrations.encoder import Encoder
 
+from echo_integrations.encoder import Encoder
 from tests import reference
 from tests.tiny import ARCHITECTURES
 
@@ -37,9 +37,16 @@ def test_the_released_codes_vectors(backbone: str, template: str, pooling: str, 
 
 @pytest.mark.parametrize(
     ("backbone", "preset", "released"),
-    [(b, p, r) for b in ("qwen3", "llama") for p, r in [("fine-tuned-query", "query"), ("fine-tuned-document", "document")]]
-    + [(b, "zero-shot-sentence", "zeroshot") for b in ("qwen3", "llama")]
-    + [(b, "classical", "classical") for b in ("qwen3", "llama")],
+    [
+        (backbone, preset, released)
+        for backbone in ("qwen3", "llama")
+        for preset, released in {
+            "fine-tuned-query": "query",
+            "fine-tuned-document": "document",
+            "zero-shot-sentence": "zeroshot",
+            "classical": "classical",
+        }.items()
+    ],
 )
 def test_presets_are_the_released_templates(backbone: str, preset: str, released: str, data: Path) -> None:
     templates = json.loads((data / backbone / "templates.json").read_text())

@@ -1,14 +1,14 @@
 """Tiny random-weight models of every architecture, built offline, each with a tokenizer of its family's kind."""
 
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 WORDS = (
     "the pump valve was closed and water ran out of a pipe while nobody looked at filter pressure gauge "
@@ -23,7 +23,10 @@ def byte_level(specials: list[str]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     return tokenizer
@@ -37,9 +40,8 @@ def sentencepiece(specials: list[str]) -> Tokenizer:
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=[*specials, *byte_tokens], show_progress=False)
     tokenizer.train_from_iterator(CORPUS, trainer)
-    vocabulary = {k: v for k, v in tokenizer.get_vocab().items()}
-    merges = [tuple(pair) for pair in __import__("json").loads(tokenizer.to_str())["model"]["merges"]]
-    whole = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    whole = Tokenizer(models.BPE(tokenizer.get_vocab(), merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     whole.normalizer, whole.decoder = tokenizer.normalizer, tokenizer.decoder
     whole.add_special_tokens(specials)  # bytes stay ordinary tokens
     return whole
@@ -99,7 +101,7 @@ def build(name: str, folder: Path, **changes: Any) -> Path:
         vocab_size=tokenizer.get_vocab_size(),
         bos_token_id=0,
         eos_token_id=0,
-        **{key: value for key, value in {**shape, **changes}.items()},
+        **{**shape, **changes},
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
