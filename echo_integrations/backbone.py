@@ -62,7 +62,8 @@ class Backbone:
     Attributes:
         spec: what it was loaded for.
         device: where its inputs go.
-        token_budget: tokens that one forward pass may hold; lowered for good when memory runs out.
+        token_budget: tokens in one forward pass that suit the device.
+        memory_limit: tokens that one forward pass may hold; lowered for good when memory runs out.
         lock: held by whoever runs it, so that concurrent calls never add up their memory.
     """
 
@@ -71,6 +72,7 @@ class Backbone:
         self.model = model
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.token_budget = _CPU_TOKEN_BUDGET if self.device.type == "cpu" else _GPU_TOKEN_BUDGET
+        self.memory_limit = sys.maxsize
         self.lock = threading.Lock()
         self._vocabulary: int = model.get_input_embeddings().weight.shape[0]
 

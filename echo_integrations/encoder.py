@@ -39,8 +39,8 @@ Vectors = NDArray[np.float32]
 Positions = NDArray[np.int64]
 
 _WINDOW = 65_536  # texts that are sorted together
-_SLICE_TEXTS = 1_024  # texts that are tokenised while the ones before them are in the model
-_SLICE_CHARACTERS = 262_144
+_SLICE_TEXTS = 4_096  # texts that are tokenised while the ones before them are in the model
+_SLICE_CHARACTERS = 524_288
 _OPERATIONAL = {  # model_kwargs that do not change a vector
     *("device_map", "max_memory", "low_cpu_mem_usage", "offload_buffers", "offload_folder", "offload_state_dict"),
     *("tp_plan", "tp_size", "use_kernels", "allow_all_kernels", "use_safetensors"),
@@ -217,14 +217,17 @@ class Encoder(EncoderSettings):
             instruction = (self.query_instruction if role is Role.QUERY else self.document_instruction) or ""
         instruction = next(_checked([instruction], "instruction"))
         recipe = self._recipe(role)
-        recipe.render([], instruction)  # refuses an instruction without a place before anything is computed
         report = _TruncationReport(self.on_truncate, recipe.max_length)
+        report.check("the instruction", recipe.instruction_length(instruction))
+        backbone = None
         for window in windows(_checked(texts, first=first), _WINDOW):
             places = {text: [first + i for i in indices] for text, indices in distinct(window).items()}
             first += len(window)
             for rendered, owners in _render_ahead(recipe, places, instruction):
-                report.check(rendered, owners)
-                for batch, vectors in self._run(rendered, owners):
+                for item, indices in zip(rendered, owners, strict=True):
+                    report.check(f"texts[{indices[0]}]", item.length)
+                backbone = backbone or registry.acquire(BackboneSpec.of(self, self._checkpoint()), self)
+                for batch, vectors in self._run(backbone, rendered, owners):
                     repeats = [len(owners[i]) for i in batch]
                     yield np.concatenate([owners[i] for i in batch]), np.repeat(vectors, repeats, axis=0)
 
@@ -262,13 +265,11 @@ class Encoder(EncoderSettings):
         template = resolve_template(setting, self.mode, tokenizer.bos, tokenizer.eos)
         return Recipe(template, tokenizer, self.max_length, checkpoint.positions)
 
-    def _backbone(self) -> Backbone:
-        return registry.acquire(BackboneSpec.of(self, self._checkpoint()), self)
-
-    def _run(self, rendered: Sequence[Rendered], owners: Sequence[list[int]]) -> Iterator[tuple[list[int], Vectors]]:
+    def _run(
+        self, backbone: Backbone, rendered: Sequence[Rendered], owners: Sequence[list[int]]
+    ) -> Iterator[tuple[list[int], Vectors]]:
         """Vectors of laid-out texts, batch by batch; when memory runs out, with half the budget."""
-        backbone = self._backbone()
-        budget = min(self.token_budget or backbone.token_budget, backbone.token_budget)
+        budget = min(self.token_budget or backbone.token_budget, backbone.memory_limit)
         queue = deque(plan([len(r.ids) for r in rendered], budget))
         while queue:
             batch = queue.popleft()
@@ -283,14 +284,15 @@ class Encoder(EncoderSettings):
                         f"texts[{owners[batch[0]][0]}] alone, {size} tokens with its template, does not fit into the "
                         f"memory of {backbone.device}: lower max_length, or choose a smaller model or dtype"
                     ) from error
-                backbone.token_budget = max(1, min(budget, size * len(batch)) // 2)
+                backbone.memory_limit = min(budget, size * len(batch)) // 2
                 vectors = None
             if vectors is None:  # outside the except block, where the failed pass still holds its memory
                 if backbone.device.type == "cuda":
                     torch.cuda.empty_cache()
-                budget = backbone.token_budget
                 left = [i for b in (batch, *queue) for i in b]
-                queue = deque([[left[j] for j in b] for b in plan([len(rendered[i].ids) for i in left], budget)])
+                batches = plan([len(rendered[i].ids) for i in left], backbone.memory_limit)
+                queue = deque([left[i] for i in batch] for batch in batches)
+                budget = backbone.memory_limit
                 continue
             yield batch, self._finish(vectors, [owners[i][0] for i in batch])
 
@@ -322,23 +324,19 @@ class _TruncationReport:
         self._on_truncate = OnTruncate(on_truncate)
         self._max_length = max_length
 
-    def check(self, rendered: Sequence[Rendered], owners: Sequence[list[int]]) -> None:
-        if self._on_truncate == OnTruncate.TRUNCATE:
+    def check(self, item: str, length: int) -> None:
+        if length <= self._max_length or self._on_truncate == OnTruncate.TRUNCATE:
             return
-        for item, places in zip(rendered, owners, strict=True):
-            if item.length <= self._max_length:
-                continue
-            what = f"texts[{places[0]}] has {item.length} tokens, more than max_length={self._max_length}"
-            if self._on_truncate == OnTruncate.ERROR:
-                raise TruncationError(f"{what}: split it, raise max_length, or pass on_truncate='truncate'")
-            warnings.warn(
-                f"{what}: it was cut, and so is every longer text of this call; split such texts, raise max_length, "
-                "or pass on_truncate='truncate' to cut without this warning",
-                TruncationWarning,
-                stacklevel=2,
-            )
-            self._on_truncate = OnTruncate.TRUNCATE
-            return
+        what = f"{item} has {length} tokens, more than max_length={self._max_length}"
+        if self._on_truncate == OnTruncate.ERROR:
+            raise TruncationError(f"{what}: split it, raise max_length, or pass on_truncate='truncate'")
+        warnings.warn(
+            f"{what}: it was cut, and so is every longer text of this call; split such texts, raise max_length, "
+            "or pass on_truncate='truncate' to cut without this warning",
+            TruncationWarning,
+            stacklevel=2,
+        )
+        self._on_truncate = OnTruncate.TRUNCATE
 
 
 def _render_ahead(
@@ -350,11 +348,11 @@ def _render_ahead(
         yield recipe.render(runs[0], instruction), [places[text] for text in runs[0]]
         return
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenise") as ahead:
-        pending = deque([ahead.submit(recipe.render, run, instruction) for run in runs[:1]])
-        for number, run in enumerate(runs):
-            rendered = pending.popleft().result()
-            if number + 1 < len(runs):
-                pending.append(ahead.submit(recipe.render, runs[number + 1], instruction))
+        coming = ahead.submit(recipe.render, runs[0], instruction)
+        for run, following in zip(runs, [*runs[1:], None], strict=True):
+            rendered = coming.result()
+            if following is not None:
+                coming = ahead.submit(recipe.render, following, instruction)
             yield rendered, [places[text] for text in run]
 
 

@@ -95,7 +95,7 @@ class Rendered:
     Attributes:
         ids: (T,) token ids.
         spans: half-open ranges of positions that are pooled, in order; never empty.
-        length: tokens of the longest variable piece *before* it was cut.
+        length: tokens of the longest piece with the text in it *before* it was cut.
     """
 
     ids: Ids
@@ -211,11 +211,6 @@ class Recipe:
                 )
             self.max_length = min(max_length, room)
 
-    @property
-    def takes_instruction(self) -> bool:
-        """Whether the template has a place for an instruction."""
-        return any("prompt" in piece.variables for piece in self._pieces)
-
     def render(self, texts: Sequence[str], instruction: str = "") -> list[Rendered]:
         """Lay out texts.
 
@@ -229,14 +224,27 @@ class Recipe:
         Raises:
             InputError: an instruction for a template that has no place for it.
         """
-        if instruction and not self.takes_instruction:
+        self._check_place(instruction)
+        pieces = {piece.parts: self._fill(piece.parts, texts, instruction) for piece in self._pieces}
+        return [self._lay_out([pieces[piece.parts][row] for piece in self._pieces]) for row in range(len(texts))]
+
+    def instruction_length(self, instruction: str) -> int:
+        """Tokens of the longest piece with the instruction but no text in it, before it is cut.
+
+        Raises:
+            InputError: an instruction for a template that has no place for it.
+        """
+        self._check_place(instruction)
+        pieces = [piece.parts for piece in self._pieces if set(piece.variables) == {"prompt"}]
+        return max((len(self._tokenise(parts, "", instruction)) for parts in pieces), default=0)
+
+    def _check_place(self, instruction: str) -> None:
+        if instruction and not any("prompt" in piece.variables for piece in self._pieces):
             raise InputError(
                 f"an instruction ({instruction!r}) was given but the template {self.template!r} has no place for it: "
                 "write {!%%prompt%%} into the template where it should stand, for example "
                 "'{!%%prompt%% }' at its beginning"
             )
-        pieces = {piece.parts: self._fill(piece.parts, texts, instruction) for piece in self._pieces}
-        return [self._lay_out([pieces[piece.parts][row] for piece in self._pieces]) for row in range(len(texts))]
 
     def _fill(self, parts: tuple[str, ...], texts: Sequence[str], instruction: str) -> Sequence[Ids]:
         """Token ids of one piece for every text, uncut."""
@@ -268,8 +276,9 @@ class Recipe:
         spans: list[tuple[int, int]] = []
         at = length = before = 0
         for piece, piece_ids in zip(self._pieces, pieces, strict=True):
-            if piece.variables:
+            if "text" in piece.variables:
                 length = max(length, len(piece_ids))
+            if piece.variables:
                 piece_ids = piece_ids[: self.max_length]
             if piece.pooled:
                 before = at

@@ -7,11 +7,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # the suite needs no model hub; read when hu
 
 import pytest
 
-from echo_integrations.backbone import registry
+from echo_integrations.backbone import Backbone, BackboneSpec, registry
+from echo_integrations.checkpoint import Checkpoint
 from echo_integrations.encoder import Encoder
 from tests import tiny
 
 DATA = Path(__file__).parent / "data"
+
+
+def backbone_of(encoder: Encoder) -> Backbone:
+    """The loaded model behind an encoder."""
+    return registry.acquire(BackboneSpec.of(encoder, Checkpoint.find(encoder)), encoder)
 
 
 @pytest.fixture(scope="session")

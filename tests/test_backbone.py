@@ -15,6 +15,7 @@ from echo_integrations.backbone import BackboneSpec, Registry, choose_device, ch
 from echo_integrations.checkpoint import Checkpoint
 from echo_integrations.config import EncodingError, ModelLoadError
 from echo_integrations.encoder import Encoder
+from tests.conftest import backbone_of
 
 Tiny = Callable[[str], Path]
 
@@ -24,7 +25,7 @@ def spec_of(encoder: Encoder) -> BackboneSpec:
 
 
 def test_hidden_states_do_not_see_the_padding_or_the_neighbours(tiny_model: Tiny) -> None:
-    backbone = Encoder(model=str(tiny_model("llama")), dtype="float32")._backbone()
+    backbone = backbone_of(Encoder(model=str(tiny_model("llama")), dtype="float32"))
     short, long = np.array([5, 6, 7], dtype=np.int32), np.arange(40, dtype=np.int32)
     with torch.inference_mode():
         alone = backbone.hidden_states([short])
@@ -34,12 +35,12 @@ def test_hidden_states_do_not_see_the_padding_or_the_neighbours(tiny_model: Tiny
 
 
 def test_the_lm_head_is_not_loaded(tiny_model: Tiny) -> None:
-    model = Encoder(model=str(tiny_model("llama")))._backbone().model
+    model = backbone_of(Encoder(model=str(tiny_model("llama")))).model
     assert not any("lm_head" in name for name, _ in model.named_parameters())
 
 
 def test_a_token_without_an_embedding_row_is_an_error_not_a_crash(tiny_model: Tiny) -> None:
-    backbone = Encoder(model=str(tiny_model("qwen3")))._backbone()
+    backbone = backbone_of(Encoder(model=str(tiny_model("qwen3"))))
     with pytest.raises(EncodingError, match="gave token 99999"):
         backbone.hidden_states([np.array([1, 99999], dtype=np.int32)])
 
@@ -62,7 +63,7 @@ def test_model_kwargs_reach_transformers(tiny_model: Tiny) -> None:
 
 def test_attn_implementation_reaches_the_model(tiny_model: Tiny) -> None:
     encoder = Encoder(model=str(tiny_model("qwen3")), attn_implementation="eager")
-    assert encoder._backbone().model.config._attn_implementation == "eager"
+    assert backbone_of(encoder).model.config._attn_implementation == "eager"
 
 
 # --- sharing

@@ -18,6 +18,7 @@ from echo_integrations import checkpoint as checkpoint_module
 from echo_integrations.backbone import registry
 from echo_integrations.config import EncodingError, InputError, TruncationError, TruncationWarning
 from echo_integrations.encoder import Encoder
+from tests.conftest import backbone_of
 
 Mini = Callable[..., Encoder]
 
@@ -197,6 +198,12 @@ def test_truncation_error_names_item_and_lengths(mini: Mini) -> None:
         mini(max_length=4, on_truncate="error").encode(["a", "x y z a b c d e f g h i j", "b"])
 
 
+def test_an_instruction_that_is_too_long_is_called_one(mini: Mini) -> None:
+    encoder = mini(max_length=4, query_template="{!%%prompt%% }{%%text%%}", on_truncate="error")
+    with pytest.raises(TruncationError, match="the instruction has 8 tokens, more than max_length=4"):
+        encoder.encode_query(["a"], instruction="a b c d e f g")
+
+
 def test_truncation_warns_once_a_call(mini: Mini) -> None:
     with pytest.warns(TruncationWarning, match=r"texts\[\d\] has \d+ tokens, more than max_length=2") as caught:
         mini(max_length=2).encode(["a b c d", "a", "e f g h i"])
@@ -336,6 +343,19 @@ def test_one_text_that_does_not_fit_is_named(mini: Mini, nothing_loaded: None) -
         assert encoder.encode(["a", "b"]).shape == (2, 256)
     finally:
         handle.remove()
+
+
+def test_the_users_token_budget_is_the_bound(mini: Mini, nothing_loaded: None) -> None:
+    texts = [f"valve {i}" for i in range(1200)]
+    for budget, most in ((10, 10), (5_000, 5_000), (None, 2_048)):
+        encoder = mini(mode="classical", token_budget=budget)
+        sizes: list[int] = []
+        handle = _model(encoder).register_forward_pre_hook(
+            lambda module, args, kwargs, sizes=sizes: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
+        )
+        encoder.encode(texts[: 30 if budget == 10 else 1200])
+        handle.remove()
+        assert 0.6 * most < max(sizes) <= most
 
 
 def test_other_errors_are_not_taken_for_lack_of_memory(mini: Mini, nothing_loaded: None) -> None:
@@ -492,4 +512,4 @@ def test_the_progress_bar_is_the_users_choice(mini: Mini, capfd: pytest.CaptureF
 
 
 def _model(encoder: Encoder) -> Any:
-    return encoder._backbone().model
+    return backbone_of(encoder).model
