@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check test-lowest bench clean
+.PHONY: demo test check test-lowest clean
 
 demo: $(VENV)/.installed  ## set up .venv and run the LangChain + Chroma example
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/rag_langchain_chroma.py

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -38,7 +39,12 @@ def main() -> None:
     texts = textbook_texts(args.data, count - count // 2, count // 2)
     folder = ASSETS / "echo-mini" if args.shape == "mini" else build_qwen3_600m(args.model_folder)
 
-    settings: dict[str, Any] = {"model": str(folder), "mode": "classical", "show_progress": False}
+    settings: dict[str, Any] = {
+        "model": str(folder),
+        "mode": "classical",
+        "show_progress": False,
+        "on_truncate": "truncate",
+    }
     encoders = {d: Encoder(**settings, dtype=d, token_budget=args.token_budget) for d in args.dtypes}
     loop = PlainLoop(folder)
     sides: dict[str, Callable[[list[str]], Any]] = {"plain loop, float32": loop.encode}
@@ -53,6 +59,7 @@ def main() -> None:
             start = time.perf_counter()
             vectors[name] = encode(texts)
             seconds[name].append(time.perf_counter() - start)
+            print(f"{name}: {seconds[name][-1]:.1f} s", file=sys.stderr, flush=True)
 
     plain = "plain loop, float32"
     print("| | texts/s | tokens/s | ratio to the loop | smallest cosine to fp32 |\n|---|---|---|---|---|")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from echo_integrations.config import EncoderSettings, InputError
 from echo_integrations.encoder import Encoder
@@ -36,12 +36,15 @@ class EncoderFields(EncoderSettings):
                 f"encoder= was given together with {', '.join(own)}: the encoder has settings of its own; "
                 f"give one or the other, or encoder.replace({own[0]}=...)"
             )
-        return {**data, **encoder.settings()}
+        return {**data, **encoder.settings()}  # what it was not given keeps its default here, too
 
     @model_validator(mode="after")
     def _make_encoder_of_settings(self) -> Self:
         if "encoder" not in self.model_fields_set:
-            self.__dict__["encoder"] = Encoder(**self.settings())
+            try:
+                self.__dict__["encoder"] = Encoder(**self.settings())
+            except ValidationError as error:  # about templates and instructions; one frame around it is enough
+                raise InputError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
         return self
 
     def _arguments(self) -> dict[str, Any]:

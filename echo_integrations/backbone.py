@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import AutoModel
+from transformers.utils import logging
 
 from echo_integrations.checkpoint import Checkpoint
 from echo_integrations.config import EncoderSettings, EncodingError, ModelLoadError, canonical_json
@@ -158,7 +160,7 @@ _threads_lost = False
 def _start_afresh_after_fork() -> None:
     """A forked child owns none of its parent's locks, threads or GPU contexts: it loads anew when asked."""
     global _threads_lost
-    _threads_lost = _threads_lost or bool(registry.loaded())
+    _threads_lost = True
     registry.forget()
 
 
@@ -172,8 +174,6 @@ def load(spec: BackboneSpec) -> Backbone:
     Raises:
         ModelLoadError: it cannot be loaded, weights are missing, or it is not a causal LM.
     """
-    from transformers import AutoModel
-
     if _threads_lost:
         torch.set_num_threads(1)  # the parent's OpenMP threads do not exist here; waiting for them never ends
     config = spec.checkpoint.config
@@ -194,11 +194,21 @@ def load(spec: BackboneSpec) -> Backbone:
         raise ModelLoadError(
             f"the model in {spec.checkpoint.folder} cannot be loaded on {spec.device} "
             f"({type(error).__name__}: {error}); unless that says what to do, "
-            "check that the weights were downloaded whole"
-            + ("; a forked process cannot use the GPU: start workers with 'spawn'" if _threads_lost else "")
+            "check that the weights were downloaded whole" + _advice_after_fork()
         ) from error
     model.eval().requires_grad_(False)
-    if not _is_causal(model):
+    hidden = _probe(model)  # (2, 4, H)
+    if not hidden.isfinite().all():
+        raise ModelLoadError(
+            f"the model in {spec.checkpoint.folder} gives NaN or infinity in {spec.dtype}: its weights are damaged, "
+            "or the dtype is too narrow (try 'float32')"
+        )
+    if hidden.shape[-1] != spec.checkpoint.hidden_size:
+        raise ModelLoadError(
+            f"the model in {spec.checkpoint.folder} ({config.model_type}) gives hidden states of {hidden.shape[-1]} "
+            f"components where its configuration says {spec.checkpoint.hidden_size}: such models are not supported"
+        )
+    if not _is_causal(hidden, spec.dtype):
         raise ModelLoadError(
             f"the model in {spec.checkpoint.folder} ({config.model_type}) is not a causal LM: its tokens see "
             "later ones; choose a decoder-only model such as Qwen3, Llama or Mistral"
@@ -217,8 +227,6 @@ def load(spec: BackboneSpec) -> Backbone:
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """No report that the LM head was left out, and a progress bar only where somebody is looking."""
-    from transformers.utils import logging
-
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     if not sys.stderr.isatty():
@@ -231,15 +239,21 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _is_causal(model: Any) -> bool:
-    """Whether changing the last token leaves the hidden states before it alone."""
+def _probe(model: Any) -> Tensor:
+    """(2, 4, H) hidden states of two rows that differ in their last token only."""
     embeddings = model.get_input_embeddings().weight
     first, second = 1, embeddings.shape[0] // 2
     ids = torch.tensor([[first, second, first, first], [first, second, first, second]], device=embeddings.device)
     with torch.inference_mode():
-        hidden = model(input_ids=ids, use_cache=False).last_hidden_state[:, :3].float()  # (2, 3, H)
-    tolerance = 1e-4 if embeddings.dtype == torch.float32 else 0.02
-    return bool((hidden[0] - hidden[1]).abs().max() <= tolerance * hidden.abs().max())
+        hidden: Tensor = model(input_ids=ids, use_cache=False).last_hidden_state.float()
+    return hidden
+
+
+def _is_causal(probe: Tensor, dtype: str) -> bool:
+    """Whether changing the last token left the hidden states before it alone."""
+    before = probe[:, :3]  # (2, 3, H)
+    tolerance = 1e-4 if dtype == "float32" else 0.02
+    return bool((before[0] - before[1]).abs().max() <= tolerance * before.abs().max())
 
 
 def _merge_adapter(model: Any, spec: BackboneSpec) -> Any:
@@ -282,17 +296,20 @@ def choose_device(device: str | None) -> torch.device:
         device(type='cpu')
     """
     if device is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
+        return torch.device("cuda", torch.cuda.current_device()) if str(chosen) == "cuda" else chosen
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ModelLoadError(
             f"device {device!r} cannot be used here ({error}): name another, or leave device out for the best one"
+            + _advice_after_fork()
         ) from error
-    return torch.device("cuda", torch.cuda.current_device()) if str(chosen) == "cuda" else chosen
+
+
+def _advice_after_fork() -> str:
+    return "; a forked process cannot use the GPU of its parent: start workers with 'spawn'" if _threads_lost else ""
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -36,15 +35,26 @@ def plan(lengths: Sequence[int], token_budget: int, max_batch: int = 1024) -> li
     return batches
 
 
-def windows(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Cut a stream into lists of ``size`` items, the last one shorter.
+def windows(
+    items: Iterable[T], size: int, weight: Callable[[T], int] = lambda _: 0, most: int = 1
+) -> Iterator[list[T]]:
+    """Cut a stream into lists of ``size`` items, or earlier where their weights come to ``most``.
 
     Example:
         >>> list(windows("abcde", 2))
         [['a', 'b'], ['c', 'd'], ['e']]
+        >>> list(windows(["a", "bbbb", "c"], 9, weight=len, most=4))
+        [['a', 'bbbb'], ['c']]
     """
-    stream = iter(items)
-    while window := list(islice(stream, size)):
+    window: list[T] = []
+    total = 0
+    for item in items:
+        window.append(item)
+        total += weight(item)
+        if len(window) == size or total >= most:
+            yield window
+            window, total = [], 0
+    if window:
         yield window
 
 

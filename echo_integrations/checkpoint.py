@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,7 +19,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from tqdm import tqdm
+from transformers import AutoConfig
 
 from echo_integrations.config import BUILT_IN_MODEL, EncoderSettings, ModelLoadError
 from echo_integrations.tokenizer import TextTokenizer
@@ -90,12 +93,13 @@ class Checkpoint:
         Raises:
             ModelLoadError: unreadable, in need of remote code, or not of a decoder-only model.
         """
-        return _config(self.folder, self.trust_remote_code, _stat(self.folder / "config.json"))
+        with _one_at_a_time:
+            return _config(self.folder, self.trust_remote_code, _stat(self.folder / "config.json"))
 
     @property
     def hidden_size(self) -> int:
-        """Components of a hidden state."""
-        return int(self.config.hidden_size)
+        """Components of the last hidden state."""
+        return int(getattr(self.config, "word_embed_proj_dim", self.config.hidden_size))  # the first is OPT's
 
     @property
     def positions(self) -> int | None:
@@ -105,19 +109,21 @@ class Checkpoint:
     @property
     def tokenizer(self) -> TextTokenizer:
         """The tokenizer, loaded once per process."""
-        return _tokenizer(self.folder, self.trust_remote_code)
+        with _one_at_a_time:
+            return _tokenizer(self.folder, self.trust_remote_code, tuple(map(_stat, self._tokenizer_files())))
 
     @property
     def signature(self) -> tuple[tuple[str, int, int], ...]:
         """Path, size and time of every file that is loaded: cheap, and changes when one is replaced."""
-        return tuple(_stat(path) for path in self._weights())
+        configs = [self.folder / "config.json"] + ([self.adapter / "adapter_config.json"] if self.adapter else [])
+        return tuple(_stat(path) for path in configs + self._weights())
 
     def digest(self) -> dict[str, str]:
         """What defines the vector space, by content: hashes of configuration, weights, tokenizer and adapter.
 
         Local folders are read once per process (by size and time); Hub downloads carry their hashes.
         """
-        tokenizer = [self.folder / name for name in _TOKENIZER_FILES if (self.folder / name).is_file()]
+        tokenizer = self._tokenizer_files()
         digest = {
             "config": _hash_json(*_stat(self.folder / "config.json"), _NO_PART_OF_THE_SPACE),
             "weights": _hash_files(self._weights(self.folder)),
@@ -132,12 +138,17 @@ class Checkpoint:
             digest["adapter_weights"] = _hash_files(self._weights(self.adapter))
         return digest
 
+    def _tokenizer_files(self) -> list[Path]:
+        return [self.folder / name for name in _TOKENIZER_FILES if (self.folder / name).is_file()]
+
     def _weights(self, folder: Path | None = None) -> list[Path]:
         """The weight files of one folder, or of backbone and adapter."""
         if folder is None:
             return self._weights(self.folder) + (self._weights(self.adapter) if self.adapter else [])
         names = _ADAPTER_FILES if folder == self.adapter else _WEIGHT_FILES
-        for name in names:
+        for name in names:  # in the order in which transformers looks for them
+            if (folder / name).is_file():
+                return [folder / name]
             index = folder / f"{name}.index.json"
             if index.is_file():
                 shards = sorted(set(_read_json(index)["weight_map"].values()))
@@ -148,9 +159,19 @@ class Checkpoint:
                         f"{'is' if len(missing) == 1 else 'are'} missing; download the model again"
                     )
                 return [folder / shard for shard in shards]
-            if (folder / name).is_file():
-                return [folder / name]
         raise ModelLoadError(f"{folder} has no weights ({' or '.join(names)}): was its download finished?")
+
+
+_one_at_a_time = threading.Lock()  # the caches below do not keep two threads from loading the same thing at once
+
+
+def _unlock_after_fork() -> None:
+    global _one_at_a_time
+    _one_at_a_time = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock_after_fork)
 
 
 def _is_adapter(folder: Path) -> bool:
@@ -160,7 +181,6 @@ def _is_adapter(folder: Path) -> bool:
 @lru_cache(maxsize=64)
 def _hub(name: str, revision: str | None, token: str | None, cache_folder: str | None, code: bool) -> Path:
     """Download a repository of the Hub, or find it in the cache."""
-    from huggingface_hub import snapshot_download
 
     def download(patterns: list[str]) -> Path:
         return Path(
@@ -190,10 +210,10 @@ def _hub(name: str, revision: str | None, token: str | None, cache_folder: str |
 
 def _find(name: str, revision: str | None, token: str | None, cache_folder: str | None, code: bool) -> Path:
     """The folder of a model or adapter."""
-    if name == BUILT_IN_MODEL:
-        return _ASSETS / BUILT_IN_MODEL
-    folder = Path(name).expanduser()
+    folder = _ASSETS / name if name == BUILT_IN_MODEL else Path(name).expanduser()
     if folder.is_dir():
+        if revision is not None:
+            raise ModelLoadError(f"{name!r} is a folder here and has no revision {revision!r}: leave revision= out")
         return folder.resolve()
     if folder.is_file():
         raise ModelLoadError(f"{name!r} is a file: name the folder that holds config.json and the weights")
@@ -207,8 +227,6 @@ def _find(name: str, revision: str | None, token: str | None, cache_folder: str 
 
 @lru_cache(maxsize=64)
 def _config(folder: Path, trust_remote_code: bool, stat: tuple[str, int, int]) -> Any:
-    from transformers import AutoConfig
-
     needs_code = not trust_remote_code and "auto_map" in _read_json(folder / "config.json")
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
@@ -230,8 +248,8 @@ def _config(folder: Path, trust_remote_code: bool, stat: tuple[str, int, int]) -
 
 
 @lru_cache(maxsize=16)
-def _tokenizer(folder: Path, trust_remote_code: bool) -> TextTokenizer:
-    if folder == _ASSETS / BUILT_IN_MODEL:
+def _tokenizer(folder: Path, trust_remote_code: bool, stats: tuple[tuple[str, int, int], ...]) -> TextTokenizer:
+    if folder == (_ASSETS / BUILT_IN_MODEL).resolve():
         logger.warning(
             "%s is a demonstration model of 8 M parameters: for real use name another, such as model=%r",
             BUILT_IN_MODEL,

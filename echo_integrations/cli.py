@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _INPUTS = ("txt", "jsonl", "parquet")
 _OUTPUTS = ("npy", "parquet", "jsonl")
-_NO_FLAGS = ("token", "model_kwargs", "show_progress")
+_NO_FLAGS = ("token", "show_progress")
 _TOKEN = "For a private or gated model set HF_TOKEN or log in with `hf auth login`; tokens are no arguments here."
 _ENCODE = """
 Embed every text of a file. INPUT is .txt (one text a line, blank lines are texts too), .jsonl or .parquet; OUT is .npy
@@ -110,12 +110,14 @@ def _parser() -> argparse.ArgumentParser:
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     """A flag for every setting; what is not given keeps its default."""
     group = parser.add_argument_group("settings")
+    how: dict[str, Any]
     for name, field in EncoderSettings.model_fields.items():
         if name in _NO_FLAGS:
             continue
         flags = [f"--{word.replace('_', '-')}" for word in (field.alias, name) if word]
-        kind = next(t for t in get_args(field.annotation) or (field.annotation,) if t is not NoneType)
-        how: dict[str, Any] = {
+        types = (dict,) if name == "model_kwargs" else get_args(field.annotation) or (field.annotation,)
+        kind = next(t for t in types if t is not NoneType)
+        how = {
             "dest": name,
             "default": argparse.SUPPRESS,
             "help": " ".join((field.description or "").replace("`", "").replace("%", "%%").split()),
@@ -127,6 +129,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
             how |= {"action": "store_true"}
         elif issubclass(kind, StrEnum):
             how |= {"choices": list(map(str, kind))}
+        elif kind is dict:
+            how |= {"type": json.loads, "metavar": "JSON"}
         else:
             how |= {"type": kind, "metavar": "N" if kind is int else "TEXT"}
         if kind is not bool and field.default is not None:
@@ -219,7 +223,7 @@ def _fill(store: PartialStore, source: Source, encoder: Encoder, args: argparse.
 
     def in_rows(message: object) -> str:
         """A message of the encoder, with rows of the file, from 1, in place of positions among ``texts``."""
-        return re.sub(r"texts\[(\d+)\]", lambda found: f"row {rows[int(found[1])] + 1}", str(message))
+        return re.sub(r"(^|for )texts\[(\d+)\]", lambda found: f"{found[1]}row {rows[int(found[2])] + 1}", str(message))
 
     shown = args.progress or sys.stderr.isatty()
     with (

@@ -14,18 +14,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, fi
 
 BUILT_IN_MODEL = "echo-mini"
 
-# Checkpoints of the echo paper that were fine-tuned on a template pair of their own: name -> what they need.
-_FINE_TUNED: dict[str, Any] = {
-    "query_template": "fine-tuned-query",
-    "document_template": "fine-tuned-document",
-    "query_instruction": "Retrieve passages that answer the question",
-    "max_length": 300,
-}
-RELEASED_CHECKPOINTS: dict[str, dict[str, Any]] = {
-    "echo-mistral-7b-instruct-lasttoken": {**_FINE_TUNED, "pooling": "last"},
-    "echo-mistral-7b-instruct-meantoken": {**_FINE_TUNED, "pooling": "mean"},
-}
-
 
 def canonical_json(value: Any) -> str:
     """One spelling for equal values; objects count by their ``to_dict()``, if they have one, or their repr.
@@ -46,6 +34,10 @@ _NO_MODEL_KWARGS = {
     "local_files_only": "files are found before they are loaded; set HF_HUB_OFFLINE=1 to stay offline",
     "weights_only": "pickled weights are never unpickled freely",
     "output_loading_info": "it is always asked for",
+    **dict.fromkeys(
+        ("gguf_file", "subfolder", "use_safetensors", "variant"),
+        "the files of a model are found by their standard names; copy others into a folder of their own",
+    ),
 }
 
 
@@ -86,6 +78,19 @@ class Role(StrEnum):
     DOCUMENT = "document"
     """What is searched."""
 
+
+# Checkpoints of the echo paper that were fine-tuned on a template pair of their own: name -> what they need.
+# Templates, instruction and max_length are those of the example that was released with them.
+_FINE_TUNED: dict[str, Any] = {
+    "query_template": "fine-tuned-query",
+    "document_template": "fine-tuned-document",
+    "query_instruction": "Retrieve passages that answer the question",
+    "max_length": 300,
+}
+RELEASED_CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "echo-mistral-7b-instruct-lasttoken": {**_FINE_TUNED, "pooling": Pooling.LAST},
+    "echo-mistral-7b-instruct-meantoken": {**_FINE_TUNED, "pooling": Pooling.MEAN},
+}
 
 E = TypeVar("E", bound=StrEnum)
 
@@ -144,7 +149,12 @@ class EncoderSettings(BaseModel):
     """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=(), use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,  # it may be a token
+        populate_by_name=True,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
     )
 
     model_name: str = Field(default=BUILT_IN_MODEL, alias="model", min_length=1)
@@ -195,17 +205,20 @@ class EncoderSettings(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_in_defaults(cls, data: Any) -> Any:
-        """Refuse a model that is named twice; give the released checkpoints what they were trained with."""
-        if not isinstance(data, Mapping):
-            return data
-        if "model" in data and "model_name" in data:
+    def _refuse_two_names(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and "model" in data and "model_name" in data:
             raise ValueError("model and model_name are two names of one argument: give one of them")
-        name = data.get("model", data.get("model_name"))
-        trained_with = RELEASED_CHECKPOINTS.get(str(name).rstrip("/").rsplit("/", 1)[-1], {})
-        if data.get("mode", Mode.ECHO) != Mode.ECHO:
-            trained_with = {}
-        return {**trained_with, **data}
+        return data
+
+    @model_validator(mode="after")
+    def _take_defaults_of_checkpoint(self) -> Self:
+        """Give the released checkpoints what they were trained with, where nothing else was asked for."""
+        trained_with = RELEASED_CHECKPOINTS.get(self.model_name.rstrip("/").rsplit("/", 1)[-1], {})
+        if self.mode == Mode.ECHO:
+            self.__dict__.update({k: v for k, v in trained_with.items() if k not in self.model_fields_set})
+        if self.query_template != _FINE_TUNED["query_template"] and "query_instruction" not in self.model_fields_set:
+            self.__dict__["query_instruction"] = None
+        return self
 
     @field_validator("dtype", mode="before")
     @classmethod
@@ -236,13 +249,13 @@ class EncoderSettings(BaseModel):
         return frozenset(EncoderSettings.model_fields) | {"model"}
 
     def settings(self) -> dict[str, Any]:
-        """Every setting by name, as `Encoder(**settings)` takes it, the token included.
+        """The settings that were given, by name, as `Encoder(**settings)` takes them, the token included.
 
         Example:
-            >>> EncoderSettings(max_length=64).settings()["max_length"]
-            64
+            >>> EncoderSettings(max_length=64).settings()
+            {'max_length': 64}
         """
-        return {name: getattr(self, name) for name in EncoderSettings.model_fields}
+        return {name: getattr(self, name) for name in EncoderSettings.model_fields if name in self.model_fields_set}
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         """Only what differs from the defaults."""
@@ -267,4 +280,4 @@ class EncoderSettings(BaseModel):
 
     def _arguments(self) -> dict[str, Any]:
         """What a new instance like this one is made with."""
-        return {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}

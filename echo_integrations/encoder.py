@@ -8,6 +8,8 @@ normalises. This module knows nothing of frameworks.
 from __future__ import annotations
 
 import hashlib
+import json
+import sys
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,17 +35,18 @@ from echo_integrations.config import (
     canonical_json,
 )
 from echo_integrations.pooling import pool
-from echo_integrations.recipe import Recipe, Rendered, resolve_template
+from echo_integrations.recipe import Recipe, Rendered, check_template, resolve_template
 
 Vectors = NDArray[np.float32]
 Positions = NDArray[np.int64]
 
-_WINDOW = 65_536  # texts that are sorted together
+_WINDOW = 65_536  # texts that are sorted together, unless their characters come to more than
+_WINDOW_CHARACTERS = 33_554_432
 _SLICE_TEXTS = 4_096  # texts that are tokenised while the ones before them are in the model
 _SLICE_CHARACTERS = 524_288
 _OPERATIONAL = {  # model_kwargs that do not change a vector
     *("device_map", "max_memory", "low_cpu_mem_usage", "offload_buffers", "offload_folder", "offload_state_dict"),
-    *("tp_plan", "tp_size", "use_kernels", "allow_all_kernels", "use_safetensors"),
+    *("tp_plan", "tp_size", "use_kernels", "allow_all_kernels"),
 }
 
 
@@ -63,6 +66,14 @@ class Encoder(EncoderSettings):
 
     Source: Springer et al., "Repetition Improves Language Model Embeddings", arXiv 2402.15449.
     """
+
+    def model_post_init(self, context: Any) -> None:
+        """Refuse a malformed template, or an instruction that has no place, before anything is indexed."""
+        for template, instruction in (
+            (self.query_template, self.query_instruction),
+            (self.document_template, self.document_instruction),
+        ):
+            check_template(resolve_template(template, self.mode, bos="", eos=""), instruction or "")
 
     @property
     def dimension(self) -> int:
@@ -110,7 +121,9 @@ class Encoder(EncoderSettings):
         query, document = self._recipe(Role.QUERY), self._recipe(Role.DOCUMENT)
         return {
             "files": self._checkpoint().digest(),
-            "model_kwargs": {k: v for k, v in self.model_kwargs.items() if k not in _OPERATIONAL},
+            "model_kwargs": _without_compute_dtype(
+                {name: value for name, value in self.model_kwargs.items() if name not in _OPERATIONAL}
+            ),
             "mode": str(self.mode),
             "query_template": query.template,
             "query_max_length": query.max_length,
@@ -220,7 +233,7 @@ class Encoder(EncoderSettings):
         report = _TruncationReport(self.on_truncate, recipe.max_length)
         report.check("the instruction", recipe.instruction_length(instruction))
         backbone = None
-        for window in windows(_checked(texts, first=first), _WINDOW):
+        for window in windows(_checked(texts, first=first), _WINDOW, weight=len, most=_WINDOW_CHARACTERS):
             places = {text: [first + i for i in indices] for text, indices in distinct(window).items()}
             first += len(window)
             for rendered, owners in _render_ahead(recipe, places, instruction):
@@ -284,7 +297,7 @@ class Encoder(EncoderSettings):
                         f"texts[{owners[batch[0]][0]}] alone, {size} tokens with its template, does not fit into the "
                         f"memory of {backbone.device}: lower max_length, or choose a smaller model or dtype"
                     ) from error
-                backbone.memory_limit = min(budget, size * len(batch)) // 2
+                backbone.memory_limit = min(backbone.memory_limit, size * len(batch) // 2)
                 vectors = None
             if vectors is None:  # outside the except block, where the failed pass still holds its memory
                 if backbone.device.type == "cuda":
@@ -307,7 +320,7 @@ class Encoder(EncoderSettings):
         """(B, D): cut, normalised, and free of anything that is no number."""
         vectors = vectors[:, : self.dimension]
         sizes = np.linalg.norm(vectors, axis=1)
-        usable = np.isfinite(sizes) & (sizes > 0 if self.normalize_embeddings else True)
+        usable = np.isfinite(sizes) & (sizes > 0)
         if not usable.all():
             bad = int(np.argmin(usable))
             raise EncodingError(
@@ -315,6 +328,14 @@ class Encoder(EncoderSettings):
                 "try dtype='float32'; if that does not help, the weights are damaged"
             )
         return vectors / sizes[:, None] if self.normalize_embeddings else vectors
+
+
+def _without_compute_dtype(value: Any) -> Any:
+    """A value as JSON would have it, less what a quantisation's configuration says of compute dtypes."""
+    plain = json.loads(canonical_json(value))
+    if not isinstance(plain, dict):
+        return plain
+    return {name: _without_compute_dtype(inner) for name, inner in plain.items() if "compute_dtype" not in name}
 
 
 class _TruncationReport:
@@ -334,9 +355,17 @@ class _TruncationReport:
             f"{what}: it was cut, and so is every longer text of this call; split such texts, raise max_length, "
             "or pass on_truncate='truncate' to cut without this warning",
             TruncationWarning,
-            stacklevel=2,
+            stacklevel=_callers_level(),
         )
         self._on_truncate = OnTruncate.TRUNCATE
+
+
+def _callers_level() -> int:
+    """The ``stacklevel`` that points at whoever called this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals["__name__"].startswith("echo_integrations"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _render_ahead(
@@ -362,7 +391,7 @@ def _checked(texts: Iterable[Any], name: str = "texts", first: int = 0) -> Itera
     Raises:
         InputError: something that is no text, with its index and what to do.
     """
-    if isinstance(texts, str | bytes | bytearray | Mapping) or not isinstance(texts, Iterable):
+    if isinstance(texts, str | bytes | bytearray | Mapping | set | frozenset) or not isinstance(texts, Iterable):
         raise InputError(f"{name} is {_kind(texts)}: pass a list of strings")
     return _each_checked(texts, name, first)
 

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import sys
 import time
@@ -286,7 +287,18 @@ def _write_npy(file: BinaryIO, source: Source, store: PartialStore) -> None:
 
 def _write_jsonl(file: BinaryIO, source: Source, store: PartialStore) -> None:
     for row, vector in zip(source.rows(), store.vectors(), strict=True):
-        file.write(json.dumps({**row, "embedding": vector.tolist()}, default=str).encode() + b"\n")
+        file.write(json.dumps(_plain({**row, "embedding": vector.tolist()}), default=str).encode() + b"\n")
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can say of a value: null for NaN and infinity, as databases have it; bytes are refused."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, bytes):
+        raise FileError("a column holds bytes, which JSON has no word for: write .parquet or .npy")
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _write_parquet(file: BinaryIO, source: Source, store: PartialStore) -> None:

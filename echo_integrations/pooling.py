@@ -36,4 +36,5 @@ def pool(hidden: Tensor, spans: Sequence[Spans], pooling: Pooling | str) -> Tens
         for start, stop in row:
             weights[start:stop] = 1.0
     mask = (mask / mask.sum(dim=1, keepdim=True)).to(hidden.device)
-    return torch.einsum("bt,bth->bh", mask, hidden.float())
+    kept = hidden.float().masked_fill(mask.unsqueeze(-1) == 0, 0.0)  # infinity in the padding times 0 would be NaN
+    return torch.einsum("bt,bth->bh", mask, kept)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -103,6 +104,7 @@ class Rendered:
     length: int
 
 
+@lru_cache(maxsize=256)
 def parse_template(template: str) -> tuple[Piece, ...]:
     """Split a template into its pieces.
 
@@ -161,6 +163,24 @@ def parse_template(template: str) -> tuple[Piece, ...]:
     if not any(piece.pooled for piece in pieces):
         raise fault(0, "nothing is pooled: leave the '!' out of one pair of braces")
     return tuple(pieces)
+
+
+def check_template(template: str, instruction: str = "") -> None:
+    """See that a template is well-formed and has a place for an instruction, if there is one.
+
+    Raises:
+        TemplateError: it is malformed.
+        InputError: an instruction for a template that has no place for it.
+
+    Example:
+        >>> check_template("{!%%prompt%% }{%%text%%}", "Find the answer:")
+    """
+    pieces = parse_template(template)
+    if instruction and not any("prompt" in piece.variables for piece in pieces):
+        raise InputError(
+            f"an instruction ({instruction!r}) was given but the template {template!r} has no place for it: "
+            "write {!%%prompt%%} into the template where it should stand, for example '{!%%prompt%% }' at its beginning"
+        )
 
 
 def resolve_template(template: str | None, mode: Mode | str, bos: str, eos: str) -> str:
@@ -224,7 +244,7 @@ class Recipe:
         Raises:
             InputError: an instruction for a template that has no place for it.
         """
-        self._check_place(instruction)
+        check_template(self.template, instruction)
         pieces = {piece.parts: self._fill(piece.parts, texts, instruction) for piece in self._pieces}
         return [self._lay_out([pieces[piece.parts][row] for piece in self._pieces]) for row in range(len(texts))]
 
@@ -234,17 +254,9 @@ class Recipe:
         Raises:
             InputError: an instruction for a template that has no place for it.
         """
-        self._check_place(instruction)
+        check_template(self.template, instruction)
         pieces = [piece.parts for piece in self._pieces if set(piece.variables) == {"prompt"}]
         return max((len(self._tokenise(parts, "", instruction)) for parts in pieces), default=0)
-
-    def _check_place(self, instruction: str) -> None:
-        if instruction and not any("prompt" in piece.variables for piece in self._pieces):
-            raise InputError(
-                f"an instruction ({instruction!r}) was given but the template {self.template!r} has no place for it: "
-                "write {!%%prompt%%} into the template where it should stand, for example "
-                "'{!%%prompt%% }' at its beginning"
-            )
 
     def _fill(self, parts: tuple[str, ...], texts: Sequence[str], instruction: str) -> Sequence[Ids]:
         """Token ids of one piece for every text, uncut."""

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
+from transformers import AutoTokenizer
 
 from echo_integrations.config import ModelLoadError
 
@@ -56,8 +57,6 @@ class TextTokenizer:
         Raises:
             ModelLoadError: there is none, or it cannot be read.
         """
-        from transformers import AutoTokenizer
-
         if not any(path for pattern in _VOCABULARIES for path in folder.glob(pattern)):
             raise ModelLoadError(f"{folder} has no tokenizer (tokenizer.json or alike): was its download finished?")
         try:

@@ -50,6 +50,10 @@ def test_distinct_texts_know_their_places(texts: list[str]) -> None:
     assert all(texts[i] == text for text, indices in places.items() for i in indices)
 
 
+def test_windows_close_when_they_are_heavy() -> None:
+    assert list(windows(["a", "bbb", "cc", "d"], 3, weight=len, most=4)) == [["a", "bbb"], ["cc", "d"]]
+
+
 def test_windows_take_no_more_than_they_give() -> None:
     taken = []
 

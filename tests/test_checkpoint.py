@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
 
 from echo_integrations.checkpoint import Checkpoint
 from echo_integrations.config import EncoderSettings, ModelLoadError
@@ -108,6 +108,12 @@ def test_a_missing_shard_is_named(copy: Path) -> None:
         Encoder(model=str(copy)).encode("a")
 
 
+def test_the_file_that_transformers_loads_is_the_one_that_counts(copy: Path) -> None:
+    """A stale index beside a whole file is not looked at."""
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    assert Encoder(model=str(copy)).encode("a").shape == (32,)
+
+
 def test_missing_weights_are_named(copy: Path) -> None:
     (copy / "model.safetensors").unlink()
     with pytest.raises(ModelLoadError, match="no weights"):
@@ -179,6 +185,32 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
         Encoder(model=str(tmp_path)).encode("a")
 
 
+def test_damaged_weights_are_called_so(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelLoadError, match="gives NaN or infinity in float32: its weights are damaged"):
+        Encoder(model=str(copy), dtype="float32").encode("a")
+
+
+def test_a_model_narrower_at_its_end_has_that_dimension(tiny_model: Tiny, tmp_path: Path) -> None:
+    """OPT-350M projects its hidden states down."""
+    config = OPTConfig(
+        vocab_size=600, hidden_size=32, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16
+    )
+    OPTForCausalLM(config).save_pretrained(tmp_path)
+    for file in tiny_model("llama").glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    encoder = Encoder(model=str(tmp_path), dtype="float32")
+    assert encoder.encode(["a", "b c"]).shape == (2, 16) and encoder.dimension == 16
+
+
+def test_a_folder_has_no_revisions(copy: Path) -> None:
+    for name in (str(copy), "echo-mini"):
+        with pytest.raises(ModelLoadError, match="has no revision 'v1'"):
+            find(name, revision="v1")
+
+
 # --- the digest
 
 
@@ -209,4 +241,8 @@ def test_a_retrained_folder_is_loaded_anew(copy: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * torch.linspace(0, 2, 32)
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    assert abs(encoder.encode("a") - before).max() > 0.01
+    changed = encoder.encode("a")
+    assert abs(changed - before).max() > 0.01
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1.0}))
+    assert abs(encoder.encode("a") - changed).max() > 0.001  # vectors follow every file that the fingerprint follows

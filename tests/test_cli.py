@@ -502,7 +502,7 @@ def test_help_lists_every_setting(command: str, capsys: pytest.CaptureFixture[st
     assert "HF_TOKEN" in said
     assert "hf auth login" in said
     assert "%%prompt%%" in said
-    for absent in ("--token ", "--model-kwargs", "--show-progress", "``"):
+    for absent in ("--token ", "--show-progress", "``"):
         assert absent not in said
 
 

@@ -7,7 +7,8 @@ from echo_integrations.config import EncoderSettings, Pooling, canonical_json
 
 def test_the_defaults_are_the_documented_ones() -> None:
     settings = EncoderSettings()
-    assert settings.settings() == {
+    assert settings.settings() == {}
+    assert {name: getattr(settings, name) for name in EncoderSettings.model_fields} == {
         "model_name": "echo-mini",
         "revision": None,
         "token": None,
@@ -56,6 +57,7 @@ def test_model_is_an_alias_and_only_one_of_the_two_names_is_taken() -> None:
         {"model": ""},
         {"model_kwargs": {"torch_dtype": "float16"}},
         {"model_kwargs": {"weights_only": False}},
+        {"model_kwargs": {"variant": "fp16"}},
     ],
 )
 def test_what_cannot_be_is_refused_by_name(bad: dict[str, object]) -> None:
@@ -83,6 +85,10 @@ def test_the_token_is_never_shown() -> None:
     assert "secret" not in repr(settings) + str(settings.model_dump()) + settings.model_dump_json()
     assert settings.settings()["token"].get_secret_value() == "hf_secret"
     assert settings.replace(mode="classical").token == settings.token
+    for bad in ({"token": "hf_secret", "max_length": 0}, {"tokn": "hf_secret"}, {"token": "hf_secret", "dtype": 3}):
+        with pytest.raises(ValidationError) as caught:
+            EncoderSettings(**bad)
+        assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +108,17 @@ def test_what_the_user_says_wins_over_what_a_checkpoint_brings() -> None:
     assert EncoderSettings(model=name).pooling is Pooling.MEAN
     assert EncoderSettings(model=name, max_length=64).max_length == 64
     assert EncoderSettings(model=name, mode="classical").query_template is None
+
+
+def test_what_a_checkpoint_brings_comes_and_goes_with_it() -> None:
+    name = "jspringer/echo-mistral-7b-instruct-lasttoken"
+    released = EncoderSettings(model=name)
+    assert EncoderSettings().replace(model=name) == released
+    assert released.replace(model="echo-mini") == EncoderSettings(model="echo-mini")
+    assert released.replace(mode="classical").query_template is None
+    assert released.replace(mode="classical").pooling is Pooling.MEAN
+    zero_shot = EncoderSettings(model=name, query_template="zero-shot")
+    assert (zero_shot.query_instruction, zero_shot.pooling) == (None, Pooling.LAST)
 
 
 def test_repr_shows_what_differs_from_the_defaults() -> None:

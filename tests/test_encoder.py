@@ -1,7 +1,10 @@
 import logging
 import multiprocessing
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +16,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from echo_integrations import checkpoint as checkpoint_module
 from echo_integrations.backbone import registry
-from echo_integrations.config import EncodingError, InputError, TruncationError, TruncationWarning
+from echo_integrations.config import EncodingError, InputError, Mode, TruncationError, TruncationWarning
 from echo_integrations.encoder import Encoder
 from tests.conftest import backbone_of
 
@@ -79,13 +83,13 @@ def test_numpy_arrays_tuples_and_generators_are_lists_too(mini: Mini) -> None:
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
-@given(order=st.permutations(range(60)), budget=st.integers(1, 3000), data=st.data())
+@given(order=st.permutations(range(60)), budget=st.integers(1, 3000), data=st.data(), mode=st.sampled_from(list(Mode)))
 def test_batch_neighbours_and_order_do_not_matter(
-    mini: Mini, order: list[int], budget: int, data: st.DataObject
+    mini: Mini, order: list[int], budget: int, data: st.DataObject, mode: Mode
 ) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, 60), max_size=4)))
-    expected = mini(mode="classical").encode(TEXTS)
-    encoder = mini(mode="classical", token_budget=budget)
+    expected = mini(mode=mode).encode(TEXTS)
+    encoder = mini(mode=mode, token_budget=budget)
     texts = [TEXTS[i] for i in order]
     parts = [encoder.encode(texts[a:b]) for a, b in zip([0, *cuts], [*cuts, 60], strict=True)]
     assert np.abs(np.concatenate(parts) - expected[order]).max() <= 1e-5 * np.abs(expected).max()
@@ -97,6 +101,24 @@ def test_eight_threads_at_once(mini: Mini) -> None:
     with ThreadPoolExecutor(8) as pool:
         parts = list(pool.map(lambda i: encoder.encode(TEXTS[i : i + 5]), range(0, 60, 5)))
     assert np.abs(np.concatenate(parts) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_threads_that_start_cold_load_one_model_and_tokenizer() -> None:
+    """In a process of its own, because imports and loading must be cold, too."""
+    code = """
+import threading
+from echo_integrations import Encoder
+encoder, results, barrier = Encoder(), [], threading.Barrier(8)
+def work():
+    barrier.wait()
+    results.append(encoder.encode("pump").tolist())
+threads = [threading.Thread(target=work) for _ in range(8)]
+[thread.start() for thread in threads], [thread.join() for thread in threads]
+print(len(results), max(abs(a - b) for r in results for a, b in zip(r, results[0])) < 1e-5)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["8", "True"], done.stderr
+    assert done.stderr.count("demonstration model") == 1 and "Error" not in done.stderr
 
 
 def test_identical_texts_go_through_the_model_once(mini: Mini) -> None:
@@ -182,8 +204,10 @@ def test_instructions_per_side_and_per_call(mini: Mini) -> None:
 
 
 def test_an_instruction_without_a_place_is_refused_before_anything_is_computed(mini: Mini) -> None:
-    with pytest.raises(InputError, match="no place for it"):
-        mini(query_instruction="Do").encode_query([])
+    with pytest.raises(ValidationError, match="no place for it"):
+        mini(query_instruction="Do")
+    with pytest.raises(ValidationError, match="position 3: unknown variable %%tekst%%"):
+        mini(document_template="a {%%tekst%%}")
     with pytest.raises(InputError, match="no place for it"):
         mini().encode_document(["a"], instruction="Do")
     with pytest.raises(InputError, match="instruction is int"):
@@ -208,6 +232,7 @@ def test_truncation_warns_once_a_call(mini: Mini) -> None:
     with pytest.warns(TruncationWarning, match=r"texts\[\d\] has \d+ tokens, more than max_length=2") as caught:
         mini(max_length=2).encode(["a b c d", "a", "e f g h i"])
     assert len(caught) == 1
+    assert caught[0].filename == __file__  # the user's line, not one of ours
 
 
 def test_truncation_can_be_silent_and_short_texts_never_warn(mini: Mini) -> None:
@@ -232,6 +257,7 @@ def test_truncation_can_be_silent_and_short_texts_never_warn(mini: Mini) -> None
         (["a", "b", 2.5], r"texts\[2\] is float '2.5'"),
         ([b"x"], r"texts\[0\] is bytes"),
         ([["a"]], r"texts\[0\] is list"),
+        ({"a", "b"}, "texts is set"),
         (["ok", "bad \ud83d here"], r"texts\[1\] has a lone surrogate, '\\ud83d', at character 4"),
     ],
 )
@@ -289,8 +315,9 @@ def test_nan_is_an_error_that_names_the_text(mini: Mini) -> None:
         handle.remove()
 
 
-def test_a_zero_vector_is_an_error_not_an_answer(mini: Mini) -> None:
-    encoder = mini(mode="classical")
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_zero_vector_is_an_error_not_an_answer(mini: Mini, normalize: bool) -> None:
+    encoder = mini(mode="classical", normalize_embeddings=normalize)
     encoder.encode("warm")
     handle = _model(encoder).norm.register_forward_hook(lambda module, args, output: output * 0)
     try:
@@ -419,6 +446,13 @@ def test_fingerprint_changes_with_what_defines_the_vectors(tiny_model: Callable[
     assert reworded.fingerprint == Encoder(query_template=prompt, query_instruction="Ask").fingerprint
 
 
+def test_fingerprint_ignores_the_dtype_that_a_quantisation_computes_in() -> None:
+    def quantized(**more: Any) -> str:
+        return Encoder(model_kwargs={"quantization_config": {"load_in_4bit": True, **more}}).fingerprint
+
+    assert quantized() == quantized(bnb_4bit_compute_dtype="bfloat16") != quantized(bnb_4bit_quant_type="nf4")
+
+
 def test_the_same_files_elsewhere_are_the_same_space(tmp_path: Path) -> None:
     copy = tmp_path / "another-name"
     shutil.copytree(checkpoint_module._ASSETS / "echo-mini", copy)
@@ -478,10 +512,13 @@ def _encode_in_child(encoder: Encoder, queue: Any) -> None:
     queue.put((len(registry.loaded()), encoder.encode(["pump", "valve"])))
 
 
-@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="this system cannot fork")
-def test_a_forked_worker_loads_anew_instead_of_hanging(mini: Mini) -> None:
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.parametrize("unloaded", [False, True])
+def test_a_forked_worker_loads_anew_instead_of_hanging(mini: Mini, unloaded: bool) -> None:
     encoder = mini()
     expected = encoder.encode(["pump", "valve"])  # the parent's threads are running now
+    if unloaded:
+        encoder.unload()
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     with warnings.catch_warnings():

@@ -95,6 +95,12 @@ def test_an_encoder_with_settings_beside_it_is_refused(own: dict[str, Any]) -> N
         EchoEmbeddings(encoder=Encoder(), **own)
 
 
+def test_a_bad_template_is_refused_at_once_and_briefly() -> None:
+    with pytest.raises(ValidationError, match="position 0: no braces") as caught:
+        EchoEmbeddings(query_template="say it")
+    assert str(caught.value).count("validation error") == 1
+
+
 def test_unknown_and_frozen(embeddings: EchoEmbeddings) -> None:
     with pytest.raises(ValidationError, match="modle"):
         EchoEmbeddings(modle="x")  # type: ignore[call-arg]
@@ -136,7 +142,9 @@ def test_cache_backed_embeddings_keep_spaces_apart() -> None:
 
 
 def test_a_chroma_store_finds_what_is_nearest(embeddings: EchoEmbeddings) -> None:
-    store = Chroma.from_texts(TEXTS, embeddings, collection_configuration={"hnsw": {"space": "cosine"}})
+    store = Chroma.from_texts(
+        TEXTS, embeddings, collection_name="nearest", collection_configuration={"hnsw": {"space": "cosine"}}
+    )
     found = store.similarity_search_with_score("the pump stopped working", k=3)
     vectors = np.array(embeddings.embed_documents(TEXTS)) @ np.array(embeddings.embed_query("the pump stopped working"))
     expected = np.argsort(-vectors)

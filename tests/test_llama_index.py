@@ -280,7 +280,7 @@ def test_round_trips(ready: bool) -> None:
         copy.deepcopy(model),
         copy.copy(model),
     ):
-        assert (twin.settings(), twin.embed_batch_size) == (encoder.settings(), 7)
+        assert (twin.encoder.model_dump(), twin.embed_batch_size) == (encoder.model_dump(), 7)
         assert_same(twin.get_query_embedding(QUESTION), encoder.encode_query(QUESTION))
         assert_same(twin.get_text_embedding_batch(TEXTS), encoder.encode_document(TEXTS))
     assert model.to_dict()["class_name"] == json.loads(model.to_json())["class_name"] == "EchoEmbedding"

@@ -22,7 +22,7 @@ def test_several_spans_are_one_mean_over_tokens() -> None:
 
 def test_what_is_not_marked_does_not_matter() -> None:
     other = HIDDEN.clone()
-    other[1, 2] = 1e30
+    other[1, 2] = torch.inf
     spans = [[(0, 3)], [(0, 2)]]
     assert torch.equal(pool(HIDDEN, spans, Pooling.MEAN), pool(other, spans, Pooling.MEAN))
 
