@@ -22,6 +22,7 @@ clean:  ## remove what the targets above made
 	rm -rf $(VENV) .venv-lowest .mypy_cache .ruff_cache .pytest_cache .hypothesis examples/chroma
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "setting up $(VENV): some minutes, once"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from pydantic import SecretStr
 from tqdm import tqdm
 from transformers import AutoConfig
 
@@ -68,7 +69,7 @@ class Checkpoint:
         Raises:
             ModelLoadError: nothing there, not reachable, or no model.
         """
-        token = settings.token.get_secret_value() if settings.token else None
+        token = settings.token.get_secret_value() if isinstance(settings.token, SecretStr) else None
         folder = _find(settings.model_name, settings.revision, token, settings.cache_folder, settings.trust_remote_code)
         if not (folder / "config.json").is_file():
             raise ModelLoadError(
@@ -199,11 +200,12 @@ def _hub(name: str, revision: str | None, token: str | None, cache_folder: str |
         if not any(folder.glob("*.safetensors")):
             folder = download([*_DOWNLOADED, "*.bin"])
     except Exception as error:  # the client's errors have no common base
+        where = f"at revision {revision!r} " if revision else ""
         raise ModelLoadError(
-            f"{name!r} is no folder here, and the Hugging Face Hub did not give it"
-            f"{f' at revision {revision!r}' if revision else ''} ({type(error).__name__}: {str(error).strip()}). "
-            "Check the name; without a network, download it first (hf download) or name a local folder; "
-            "for a private or gated model pass token="
+            f"{name!r} is no folder here, and the Hugging Face Hub did not give it {where}"
+            f"({type(error).__name__}: {' '.join(str(error).split())}). "
+            f"Check the name (the built-in model is {BUILT_IN_MODEL!r}); without a network, download it first (hf "
+            "download) or name a local folder; for a private or gated model pass token="
         ) from error
     return folder
 

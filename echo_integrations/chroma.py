@@ -13,6 +13,8 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict
+
 from echo_integrations.adapter import EncoderFields
 from echo_integrations.config import BUILT_IN_MODEL, FingerprintMismatchError, InputError, canonical_json
 from echo_integrations.encoder import Encoder
@@ -31,6 +33,10 @@ _RECORDED = (
 ).split()
 _FIXED = {"fingerprint", *_RECORDED} - {"model_name", "revision", "adapter", "query_instruction"}
 _HARMLESS_KWARGS = {"quantization_config"}  # others, such as weights_only, can make a model run code
+
+
+class _Fields(EncoderFields):
+    model_config = ConfigDict(title="EchoEmbeddingFunction")  # what errors call it
 
 
 class EchoEmbeddingFunction(EmbeddingFunction[Documents]):
@@ -55,9 +61,8 @@ class EchoEmbeddingFunction(EmbeddingFunction[Documents]):
     """
 
     def __init__(self, *, encoder: Encoder | None = None, **settings: Any) -> None:
-        self._encoder: Encoder | None = EncoderFields(
-            **settings | ({} if encoder is None else {"encoder": encoder})
-        ).encoder
+        given: dict[str, Any] = {} if encoder is None else {"encoder": encoder}
+        self._encoder: Encoder | None = _Fields(**settings, **given).encoder
         self._config = _record(self._encoder)
         self._checked = False
 
@@ -111,6 +116,10 @@ class EchoEmbeddingFunction(EmbeddingFunction[Documents]):
     def unload(self) -> None:
         """Let go of the model; see `Encoder.unload`."""
         self.encoder.unload()
+
+    def __repr__(self) -> str:
+        shown = ("model_name", "mode", "fingerprint")
+        return f"EchoEmbeddingFunction({', '.join(f'{name}={self._config.get(name)!r}' for name in shown)})"
 
     @staticmethod
     def name() -> str:
@@ -192,6 +201,8 @@ def open_collection(client: ClientAPI, name: str, function: EchoEmbeddingFunctio
         >>> open_collection(chromadb.EphemeralClient(), "classical-notes", function).count()
         0
     """
+    if not isinstance(function, EchoEmbeddingFunction):
+        raise InputError(f"function is a {type(function).__name__}: pass an EchoEmbeddingFunction")
     configuration: Any = {**(kwargs.pop("configuration", None) or {}), "embedding_function": function}
     found = client.get_or_create_collection(name, embedding_function=None, configuration=configuration, **kwargs)
     record = found.configuration_json.get("embedding_function") or {}

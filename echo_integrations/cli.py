@@ -162,6 +162,9 @@ def _info(args: argparse.Namespace) -> None:
         "device": str(device),
         "dtype": str(choose_dtype(encoder.dtype, device)).removeprefix("torch."),
         **{f"{role}_{what}": space[f"{role}_{what}"] for role in Role for what in ("template", "max_length")},
+        **{f"{role}_instruction": text for role in Role if (text := getattr(encoder, f"{role}_instruction"))},
+        "pooling": str(encoder.pooling),
+        "normalize_embeddings": encoder.normalize_embeddings,
     }
     if args.json:
         print(json.dumps(facts, indent=2))
@@ -189,6 +192,8 @@ def _encode(args: argparse.Namespace) -> None:
     instruction = args.instruction
     if instruction is None:
         instruction = settings.query_instruction if args.role == "query" else settings.document_instruction
+    if not out.parent.is_dir():
+        raise FileError(f"there is no folder {out.parent}: make it, or choose another place for --out")
     with _opened(args.input) as file:
         source = Source("standard input" if args.input == "-" else args.input, file, kind, args.field, output)
         encoder = _encoder(args)

@@ -5,6 +5,7 @@ This module knows nothing of tokenizers, models or frameworks and imports nothin
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
@@ -30,6 +31,7 @@ _NO_MODEL_KWARGS = {
     **{name: f"pass {name}=" for name in ("attn_implementation", "revision", "token", "trust_remote_code")},
     **{name: "pass dtype=" for name in ("dtype", "torch_dtype")},
     "cache_dir": "pass cache_folder=",
+    "device": "pass device=",
     "use_auth_token": "pass token=",
     "local_files_only": "files are found before they are loaded; set HF_HUB_OFFLINE=1 to stay offline",
     "weights_only": "pickled weights are never unpickled freely",
@@ -38,6 +40,17 @@ _NO_MODEL_KWARGS = {
         ("gguf_file", "subfolder", "use_safetensors", "variant"),
         "the files of a model are found by their standard names; copy others into a folder of their own",
     ),
+}
+
+
+# what other embedding classes call it
+_ELSEWHERE = {
+    "batch_size": "token_budget",
+    "encode_kwargs": "normalize_embeddings, token_budget or another argument by its own name",
+    "max_seq_length": "max_length",
+    "normalize": "normalize_embeddings",
+    "prompt": "query_instruction or document_instruction",
+    "text_instruction": "document_instruction",
 }
 
 
@@ -93,6 +106,10 @@ RELEASED_CHECKPOINTS: dict[str, dict[str, Any]] = {
 }
 
 E = TypeVar("E", bound=StrEnum)
+
+
+def _secret(value: SecretStr | str | None) -> SecretStr | None:
+    return SecretStr(value) if isinstance(value, str) else value
 
 
 def _one_of(enumeration: type[E]) -> AfterValidator:
@@ -161,7 +178,7 @@ class EncoderSettings(BaseModel):
     """Hub id, local folder, or ``"echo-mini"``, the small model that comes with the package. Alias: ``model``."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
-    token: SecretStr | None = Field(default=None, exclude=True, repr=False)
+    token: Annotated[SecretStr | str | None, AfterValidator(_secret)] = Field(default=None, exclude=True, repr=False)
     """Access token for the Hub; never shown, never saved."""
     cache_folder: str | None = None
     """Where Hub downloads are kept; the Hugging Face cache unless given."""
@@ -205,9 +222,17 @@ class EncoderSettings(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_two_names(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and "model" in data and "model_name" in data:
+    def _check_names(cls, data: Any) -> Any:
+        """Refuse a model that is named twice, and unknown names with the likeliest known one."""
+        if not isinstance(data, Mapping):
+            return data
+        if "model" in data and "model_name" in data:
             raise ValueError("model and model_name are two names of one argument: give one of them")
+        known = {*cls.model_fields, "model"}
+        for name in data.keys() - known:
+            close = _ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, known, n=1)), None)
+            hint = f"did you mean {close}?" if close else f"there are {', '.join(sorted(known))}"
+            raise ValueError(f"{name!r} is no argument: {hint}")
         return data
 
     @model_validator(mode="after")
@@ -258,9 +283,10 @@ class EncoderSettings(BaseModel):
         return {name: getattr(self, name) for name in EncoderSettings.model_fields if name in self.model_fields_set}
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
-        """Only what differs from the defaults."""
+        """Model and mode, and what differs from the defaults."""
         for name, value in super().__repr_args__():
-            if name is None or value != type(self).model_fields[name].get_default(call_default_factory=True):
+            field = EncoderSettings.model_fields.get(name or "")
+            if field and (name in ("model_name", "mode") or value != field.get_default(call_default_factory=True)):
                 yield name, value.value if isinstance(value, StrEnum) else value
 
     def replace(self, **changes: Any) -> Self:

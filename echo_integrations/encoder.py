@@ -199,6 +199,8 @@ class Encoder(EncoderSettings):
             >>> [len(rows) for rows in Encoder().encode_iter((f"line {i}" for i in range(5)), window_size=2)]
             [2, 2, 1]
         """
+        if window_size < 1:
+            raise InputError(f"window_size={window_size}: a window holds at least one text")
         done = 0
         for window in windows(_checked(texts), window_size):
             result = np.empty((len(window), self.dimension), dtype=np.float32)
@@ -230,7 +232,7 @@ class Encoder(EncoderSettings):
             instruction = (self.query_instruction if role is Role.QUERY else self.document_instruction) or ""
         instruction = next(_checked([instruction], "instruction"))
         recipe = self._recipe(role)
-        report = _TruncationReport(self.on_truncate, recipe.max_length)
+        report = _TruncationReport(self.on_truncate, self.max_length, recipe.max_length)
         report.check("the instruction", recipe.instruction_length(instruction))
         backbone = None
         for window in windows(_checked(texts, first=first), _WINDOW, weight=len, most=_WINDOW_CHARACTERS):
@@ -341,18 +343,20 @@ def _without_compute_dtype(value: Any) -> Any:
 class _TruncationReport:
     """Says once a call that texts were cut, or refuses them."""
 
-    def __init__(self, on_truncate: str, max_length: int) -> None:
+    def __init__(self, on_truncate: str, wanted: int, max_length: int) -> None:
         self._on_truncate = OnTruncate(on_truncate)
         self._max_length = max_length
+        self._bound = f"max_length={max_length}" if wanted == max_length else f"the {max_length} that the model allows"
+        self._remedy = "split it, raise max_length," if wanted == max_length else "split it"
 
     def check(self, item: str, length: int) -> None:
         if length <= self._max_length or self._on_truncate == OnTruncate.TRUNCATE:
             return
-        what = f"{item} has {length} tokens, more than max_length={self._max_length}"
+        what = f"{item} has {length} tokens, more than {self._bound}"
         if self._on_truncate == OnTruncate.ERROR:
-            raise TruncationError(f"{what}: split it, raise max_length, or pass on_truncate='truncate'")
+            raise TruncationError(f"{what}: {self._remedy} or pass on_truncate='truncate'")
         warnings.warn(
-            f"{what}: it was cut, and so is every longer text of this call; split such texts, raise max_length, "
+            f"{what}: it was cut, and so is every longer text of this call; {self._remedy} "
             "or pass on_truncate='truncate' to cut without this warning",
             TruncationWarning,
             stacklevel=_callers_level(),

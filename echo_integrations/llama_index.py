@@ -94,6 +94,20 @@ class EchoEmbedding(EncoderFields, BaseEmbedding):
         with _asking():
             return await super().aget_query_embedding(query)
 
+    @functools.wraps(BaseEmbedding.get_text_embedding_batch, assigned=())
+    def get_text_embedding_batch(
+        self, texts: list[str], show_progress: bool = False, **kwargs: Any
+    ) -> list[list[float]]:
+        """Embed texts that are searched; one string alone is one text."""
+        return super().get_text_embedding_batch(_listed(texts), show_progress, **kwargs)
+
+    @functools.wraps(BaseEmbedding.aget_text_embedding_batch, assigned=())
+    async def aget_text_embedding_batch(
+        self, texts: list[str], show_progress: bool = False, **kwargs: Any
+    ) -> list[list[float]]:
+        """As `get_text_embedding_batch`, in threads."""
+        return await super().aget_text_embedding_batch(_listed(texts), show_progress, **kwargs)
+
     def _get_query_embedding(self, query: str) -> list[float]:
         return cast("list[float]", self.encoder.encode_query([query])[0].tolist())
 
@@ -138,6 +152,11 @@ class EchoEmbedding(EncoderFields, BaseEmbedding):
                 logging.getLogger(__name__).warning("%s is not pickled with EchoEmbedding: %s", name, error)
                 del arguments[name]
         return functools.partial(type(self), **arguments), ()
+
+
+def _listed(texts: Any) -> list[str]:
+    """LlamaIndex would cut a string into its characters."""
+    return [texts] if isinstance(texts, str) else texts
 
 
 class _SeparatingStore(BaseKVStore):

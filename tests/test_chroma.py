@@ -299,6 +299,20 @@ print(json.dumps([type(function).__name__, function.get_config(), found["ids"], 
 # open_collection
 
 
+@pytest.mark.parametrize("wrong", [Encoder(), "echo-mini", None])
+def test_what_is_no_function_is_refused(client: Any, wrong: Any) -> None:
+    with pytest.raises(InputError, match="pass an EchoEmbeddingFunction"):
+        open_collection(client, "notes", wrong)
+
+
+def test_repr_and_errors_carry_its_name() -> None:
+    assert repr(EchoEmbeddingFunction(mode="classical")).startswith(
+        "EchoEmbeddingFunction(model_name='echo-mini', mode='classical', fingerprint='"
+    )
+    with pytest.raises(ValueError, match="for EchoEmbeddingFunction"):
+        EchoEmbeddingFunction(batch_size=3)
+
+
 def test_open_collection_creates_and_reopens(client: Any) -> None:
     configuration = {"hnsw": {"ef_search": 50}}
     made = open_collection(client, "notes", EchoEmbeddingFunction(), metadata={"a": 1}, configuration=configuration)

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -58,11 +60,26 @@ def test_model_is_an_alias_and_only_one_of_the_two_names_is_taken() -> None:
         {"model_kwargs": {"torch_dtype": "float16"}},
         {"model_kwargs": {"weights_only": False}},
         {"model_kwargs": {"variant": "fp16"}},
+        {"model_kwargs": {"device": "cpu"}},
     ],
 )
 def test_what_cannot_be_is_refused_by_name(bad: dict[str, object]) -> None:
     with pytest.raises(ValidationError, match=next(iter(bad))):
         EncoderSettings(**bad)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("model_nam", "did you mean model_name?"),
+        ("batch_size", "did you mean token_budget?"),
+        ("encode_kwargs", "normalize_embeddings"),
+        ("qqq", "there are adapter, attn_implementation"),
+    ],
+)
+def test_an_unknown_name_gets_a_hint(name: str, hint: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(hint)):
+        EncoderSettings(**{name: 1})
 
 
 def test_settings_are_immutable_and_replace_validates() -> None:
@@ -122,7 +139,8 @@ def test_what_a_checkpoint_brings_comes_and_goes_with_it() -> None:
 
 
 def test_repr_shows_what_differs_from_the_defaults() -> None:
-    assert repr(EncoderSettings(mode="classical", max_length=8)) == "EncoderSettings(mode='classical', max_length=8)"
+    settings = EncoderSettings(mode="classical", max_length=8)
+    assert repr(settings) == "EncoderSettings(model_name='echo-mini', mode='classical', max_length=8)"
 
 
 def test_canonical_json_ignores_order_and_takes_objects() -> None:

@@ -164,6 +164,11 @@ def test_encode_iter_takes_a_stream_window_by_window(mini: Mini) -> None:
     np.testing.assert_array_equal(queries, encoder.encode_query(["a"]))
 
 
+def test_a_window_without_room_is_refused(mini: Mini) -> None:
+    with pytest.raises(InputError, match="window_size=0"):
+        list(mini().encode_iter(["x"], window_size=0))
+
+
 def test_encode_iter_numbers_items_from_the_streams_start(mini: Mini) -> None:
     with pytest.raises(InputError, match=r"texts\[4\] is None"):
         list(mini(mode="classical").encode_iter(["a", "b", "c", "d", None], window_size=2))  # type: ignore[list-item]
@@ -233,6 +238,12 @@ def test_truncation_warns_once_a_call(mini: Mini) -> None:
         mini(max_length=2).encode(["a b c d", "a", "e f g h i"])
     assert len(caught) == 1
     assert caught[0].filename == __file__  # the user's line, not one of ours
+
+
+def test_a_text_longer_than_the_model_allows_is_not_told_to_raise_max_length(mini: Mini) -> None:
+    with pytest.raises(TruncationError, match=r"more than the 1015 that the model allows: split it or") as caught:
+        mini(max_length=100_000, on_truncate="error").encode(["a " * 3_000])
+    assert "raise" not in str(caught.value)
 
 
 def test_truncation_can_be_silent_and_short_texts_never_warn(mini: Mini) -> None:

@@ -220,6 +220,12 @@ def test_impossible_arguments_are_refused(arguments: dict[str, Any]) -> None:
         EchoEmbedding(**arguments)
 
 
+async def test_one_string_is_one_text() -> None:
+    expected = ENCODER.encode_document(["abc"])
+    assert_same(make().get_text_embedding_batch("abc"), expected)
+    assert_same(await make().aget_text_embedding_batch("abc"), expected)
+
+
 def test_a_ready_encoder() -> None:
     encoder = Encoder(dtype="float32", mode="classical", truncate_dim=16)
     model = EchoEmbedding(encoder=encoder, embed_batch_size=7)
