@@ -37,10 +37,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=int, default=200_000)
     parser.add_argument("--mode", default="classical")
+    parser.add_argument("--model", default="echo-mini")
     args = parser.parse_args()
     choose = random.Random(0)
     texts = [f"{' '.join(choose.choices(WORDS, k=choose.randint(3, 12)))} {i}" for i in range(args.texts)]
-    encoder = Encoder(mode=args.mode, dtype="float32", show_progress=True)
+    encoder = Encoder(model=args.model, mode=args.mode, dtype="float32", show_progress=True)
     encoder.encode(texts[:2000])
     before = resident()
     start = time.perf_counter()
