@@ -17,7 +17,7 @@ import transformers
 from numpy.typing import NDArray
 from transformers import AutoModel, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from echo_integrations.backbone import cpu_multiplies_bfloat16
+from echo_integrations.device import cpu_multiplies_bfloat16
 
 ASSETS = Path(__file__).parents[1] / "echo_integrations" / "assets"
 

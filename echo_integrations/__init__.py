@@ -1,4 +1,4 @@
-"""Echo embeddings of causal LMs for LangChain, LlamaIndex and Chroma.
+"""Embeddings of causal LMs, echo and LLM2Vec-Gen, for LangChain, LlamaIndex and Chroma.
 
 Importing this package loads neither torch nor a framework; each name below is imported when it is first used.
 
@@ -22,16 +22,22 @@ if TYPE_CHECKING:
     from echo_integrations.config import OnTruncate as OnTruncate
     from echo_integrations.config import Pooling as Pooling
     from echo_integrations.config import TemplateError as TemplateError
+    from echo_integrations.config import TokenSetError as TokenSetError
+    from echo_integrations.config import TokenSetMismatchError as TokenSetMismatchError
     from echo_integrations.config import TruncationError as TruncationError
     from echo_integrations.config import TruncationWarning as TruncationWarning
     from echo_integrations.encoder import Encoder as Encoder
+    from echo_integrations.reading import LensToken as LensToken
     from echo_integrations.recipe import PRESETS as PRESETS
+    from echo_integrations.token_set import TokenSet as TokenSet
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Encoder": "encoder",
+    "LensToken": "reading",
     "PRESETS": "recipe",
+    "TokenSet": "token_set",
     **dict.fromkeys(
         (
             "EchoIntegrationsError",
@@ -44,6 +50,8 @@ _HOMES = {
             "OnTruncate",
             "Pooling",
             "TemplateError",
+            "TokenSetError",
+            "TokenSetMismatchError",
             "TruncationError",
             "TruncationWarning",
         ),

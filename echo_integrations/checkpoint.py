@@ -12,15 +12,17 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from pydantic import SecretStr
+from safetensors import safe_open
 from tqdm import tqdm
 from transformers import AutoConfig
 
@@ -30,7 +32,7 @@ from echo_integrations.tokenizer import TextTokenizer
 logger = logging.getLogger(__name__)
 
 _ASSETS = Path(__file__).parent / "assets"
-_DOWNLOADED = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.safetensors"]
+_DOWNLOADED = ["*.json", "run_config.yml", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.safetensors"]
 _NOT_DOWNLOADED = ["*/*", "consolidated*"]
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -39,6 +41,16 @@ _NO_PART_OF_THE_SPACE = frozenset(
     {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 )
 _NO_PART_OF_AN_ADAPTER = frozenset({"base_model_name_or_path", "inference_mode", "peft_version", "revision"})
+_SHAPE = (
+    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "tie_word_embeddings"),
+)
+_NO_MODEL = {  # a file that shows what a folder without config.json is, and how to use it
+    "adapter_config.json": "it is an adapter: name its backbone as the model and this as adapter=",
+    "run_config.yml": "it is an LLM2Vec-Gen checkpoint: use it with mode='llm2vec-gen' and no token_set=, or name "
+    "its backbone as the model and this as token_set=",
+    "token_set.json": "it is a token set: use it with mode='llm2vec-gen', as token_set=",
+}
 _BLOB_NAME = re.compile(r"[0-9a-f]{64}")  # the Hub's cache names a large file by its SHA-256
 
 
@@ -63,29 +75,31 @@ class Checkpoint:
     trust_remote_code: bool
 
     @staticmethod
-    def find(settings: EncoderSettings) -> Checkpoint:
+    def find(settings: EncoderSettings, model_name: str | None = None, revision: str | None = None) -> Checkpoint:
         """Find a model's files: the built-in model, a local folder, or the Hub (downloaded at need).
+
+        Args:
+            settings: say where to look, and for what,
+            model_name: unless another model is named,
+            revision: at that model's revision.
 
         Raises:
             ModelLoadError: nothing there, not reachable, or no model.
         """
-        token = settings.token.get_secret_value() if isinstance(settings.token, SecretStr) else None
-        folder = _find(settings.model_name, settings.revision, token, settings.cache_folder, settings.trust_remote_code)
+        where = Place.of(settings)
+        name, at = (settings.model_name, settings.revision) if model_name is None else (model_name, revision)
+        folder = where.find(name, at, settings.trust_remote_code)
         if not (folder / "config.json").is_file():
             raise ModelLoadError(
                 f"{folder} has no config.json: it is not a model folder, or its download was not finished"
-                + (
-                    "; it is an adapter: name its backbone as the model and this as adapter="
-                    if _is_adapter(folder)
-                    else ""
-                )
+                + next((f"; {advice}" for name, advice in _NO_MODEL.items() if (folder / name).is_file()), "")
             )
         adapter = None
         if settings.adapter is not None:
-            adapter = _find(settings.adapter, None, token, settings.cache_folder, False)
-            if not _is_adapter(adapter):
+            adapter = where.find(settings.adapter)
+            if not (adapter / "adapter_config.json").is_file():
                 raise ModelLoadError(f"{adapter} has no adapter_config.json: it is not a PEFT adapter")
-        return Checkpoint(settings.model_name, folder, adapter, settings.trust_remote_code)
+        return Checkpoint(name, folder, adapter, settings.trust_remote_code)
 
     @property
     def config(self) -> Any:
@@ -139,6 +153,30 @@ class Checkpoint:
             digest["adapter_weights"] = _hash_files(self._weights(self.adapter))
         return digest
 
+    @property
+    def revision(self) -> str | None:
+        """The commit of a Hub download, which names the folder that it lies in; None for other folders."""
+        return self.folder.name if self.folder.parent.name == "snapshots" else None
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this backbone from others, whatever the dtype, the shards or the library that it was saved with.
+
+        Shape and vocabulary, and a hash of a few numbers of every tensor, rounded to bfloat16: quick to compute, and
+        different between a base model and its fine-tuned variants, which share everything else.
+        """
+        config = self.config
+        shape = {name: getattr(config, name, None) for name in _SHAPE}
+        vocabulary = json.dumps(sorted(self.tokenizer.vocabulary().items()))
+        identity = {
+            "hidden_size": self.hidden_size,
+            "config": hashlib.sha256(json.dumps(shape).encode()).hexdigest(),
+            "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest(),
+            "weights": _sample_weights(tuple(map(_stat, self._weights(self.folder)))),
+        }
+        if self.adapter is not None:
+            identity["adapter"] = _hash_files(self._weights(self.adapter))
+        return identity
+
     def _tokenizer_files(self) -> list[Path]:
         return [self.folder / name for name in _TOKENIZER_FILES if (self.folder / name).is_file()]
 
@@ -175,12 +213,63 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_unlock_after_fork)
 
 
-def _is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file()
+@dataclass(frozen=True)
+class Place:
+    """Where names are looked up: local folders, and the Hub with these credentials and this cache."""
+
+    token: str | None = None
+    cache_folder: str | None = None
+
+    @staticmethod
+    def of(settings: EncoderSettings) -> Place:
+        """As settings say."""
+        token = settings.token.get_secret_value() if isinstance(settings.token, SecretStr) else None
+        return Place(token, settings.cache_folder)
+
+    def find(
+        self, name: str, revision: str | None = None, code: bool = False, patterns: tuple[str, ...] | None = None
+    ) -> Path:
+        """The folder of a model, adapter or token set; downloaded from the Hub unless it is a local one.
+
+        Args:
+            name: folder, Hub id or ``"echo-mini"``.
+            revision: of the Hub.
+            code: whether to download Python files.
+            patterns: the files to download; those of a model unless given.
+
+        Raises:
+            ModelLoadError: nothing there, or not reachable.
+        """
+        folder = self.local(name)
+        if folder is not None and folder.is_file():
+            raise ModelLoadError(f"{name!r} is a file: name the folder that it lies in")
+        if folder is not None:
+            if revision is not None:
+                raise ModelLoadError(f"{name!r} is a folder here and has no revision {revision!r}: leave revision= out")
+            return folder.resolve()
+        if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or "\\" in name:
+            raise ModelLoadError(
+                f"there is no folder {name!r} (looked in {Path.cwd()}), and it is no Hub id (owner/name); "
+                f"the built-in model is called {BUILT_IN_MODEL!r}"
+            )
+        return _hub(name, revision, self.token, self.cache_folder, code, patterns)
+
+    @staticmethod
+    def local(name: str) -> Path | None:
+        """The folder or file of that name here, if there is one."""
+        path = _ASSETS / name if name == BUILT_IN_MODEL else Path(name).expanduser()
+        return path if path.exists() else None
 
 
 @lru_cache(maxsize=64)
-def _hub(name: str, revision: str | None, token: str | None, cache_folder: str | None, code: bool) -> Path:
+def _hub(
+    name: str,
+    revision: str | None,
+    token: str | None,
+    cache_folder: str | None,
+    code: bool,
+    only: tuple[str, ...] | None,
+) -> Path:
     """Download a repository of the Hub, or find it in the cache."""
 
     def download(patterns: list[str]) -> Path:
@@ -191,13 +280,13 @@ def _hub(name: str, revision: str | None, token: str | None, cache_folder: str |
                 token=token,
                 cache_dir=cache_folder,
                 allow_patterns=patterns + (["*.py"] if code else []),
-                ignore_patterns=_NOT_DOWNLOADED,
+                ignore_patterns=None if only else _NOT_DOWNLOADED,
             )
         )
 
     try:
-        folder = download(_DOWNLOADED)
-        if not any(folder.glob("*.safetensors")):
+        folder = download(list(only or _DOWNLOADED))
+        if not only and not any(folder.glob("*.safetensors")):
             folder = download([*_DOWNLOADED, "*.bin"])
     except Exception as error:  # the client's errors have no common base
         where = f"at revision {revision!r} " if revision else ""
@@ -208,23 +297,6 @@ def _hub(name: str, revision: str | None, token: str | None, cache_folder: str |
             "download) or name a local folder; for a private or gated model pass token="
         ) from error
     return folder
-
-
-def _find(name: str, revision: str | None, token: str | None, cache_folder: str | None, code: bool) -> Path:
-    """The folder of a model or adapter."""
-    folder = _ASSETS / name if name == BUILT_IN_MODEL else Path(name).expanduser()
-    if folder.is_dir():
-        if revision is not None:
-            raise ModelLoadError(f"{name!r} is a folder here and has no revision {revision!r}: leave revision= out")
-        return folder.resolve()
-    if folder.is_file():
-        raise ModelLoadError(f"{name!r} is a file: name the folder that holds config.json and the weights")
-    if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or "\\" in name:
-        raise ModelLoadError(
-            f"there is no folder {name!r} (looked in {Path.cwd()}), and it is no Hub id (owner/name); "
-            f"the built-in model is called {BUILT_IN_MODEL!r}"
-        )
-    return _hub(name, revision, token, cache_folder, code)
 
 
 @lru_cache(maxsize=64)
@@ -301,3 +373,31 @@ def _hash_file(path: str, size: int, mtime_ns: int) -> str:
             digest.update(chunk)
             bar.update(len(chunk))
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=64)
+def _sample_weights(files: tuple[tuple[str, int, int], ...]) -> str:
+    """Hash of the first few numbers of every tensor but the LM head's, in bfloat16, in the order of their names."""
+    samples: dict[str, bytes] = {}
+    for path, *_ in files:
+        for name, values in _first_values(Path(path)):
+            if "lm_head" not in name:
+                samples[name] = values.float().bfloat16().view(torch.int16).numpy().tobytes()
+    return hashlib.sha256(b"".join(samples[name] for name in sorted(samples))).hexdigest()
+
+
+def _first_values(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    tensor = file.get_slice(name)
+                    first = (slice(0, 1),) * (len(tensor.get_shape()) - 1) + (slice(0, 16),)
+                    yield name, tensor[first].flatten() if tensor.get_shape() else file.get_tensor(name).reshape(1)
+        else:
+            for name, value in torch.load(path, map_location="cpu", mmap=True, weights_only=True).items():
+                yield name, value[(0,) * (value.dim() - 1)][:16].flatten() if value.dim() else value.reshape(1)
+    except Exception as error:  # safetensors' and unpickling errors have no common base
+        raise ModelLoadError(
+            f"{path} cannot be read ({type(error).__name__}: {error}): was its download finished?"
+        ) from error

@@ -1,8 +1,9 @@
-"""`EchoEmbeddingFunction`: the encoder as a Chroma embedding function. Knows nothing of the other frameworks.
+"""`EchoEmbeddingFunction` and `LLM2VecGenEmbeddingFunction`: the encoder as Chroma embedding functions.
 
 Chroma writes a function's configuration into the database and builds the function from it again, anew for every
 query, wherever this module has been imported; it never compares what it built with what the vectors came from. So
 the configuration carries the fingerprint, a function checks it at its first call, and `open_collection` compares.
+This module knows nothing of the other frameworks.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import copy
 import json
 from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from pydantic import ConfigDict
 
-from echo_integrations.adapter import EncoderFields
-from echo_integrations.config import BUILT_IN_MODEL, FingerprintMismatchError, InputError, canonical_json
+from echo_integrations.adapter import ECHO_MODES, TOKEN_SET_MODES, EncoderFields, instructions
+from echo_integrations.config import BUILT_IN_MODEL, FingerprintMismatchError, InputError, Role, canonical_json
 from echo_integrations.encoder import Encoder
+from echo_integrations.resolve import resolve
 
 try:
     from chromadb.api import ClientAPI
@@ -31,38 +33,20 @@ _RECORDED = (
     "model_name revision adapter mode query_template document_template query_instruction document_instruction "
     "pooling max_length normalize_embeddings truncate_dim model_kwargs"
 ).split()
-_FIXED = {"fingerprint", *_RECORDED} - {"model_name", "revision", "adapter", "query_instruction"}
+_RECORDED_OF_TOKEN_SETS = ["token_set", "token_set_revision"]
+_PLACES = {"model_name", "revision", "adapter", *_RECORDED_OF_TOKEN_SETS}  # of what the fingerprint covers by content
+_FIXED = {"fingerprint", *_RECORDED} - _PLACES - {"query_instruction"}
 _HARMLESS_KWARGS = {"quantization_config"}  # others, such as weights_only, can make a model run code
 
 
-class _Fields(EncoderFields):
-    model_config = ConfigDict(title="EchoEmbeddingFunction")  # what errors call it
+class _Function:
+    """What both classes do."""
 
-
-class EchoEmbeddingFunction(EmbeddingFunction[Documents]):
-    """Echo embeddings for Chroma; takes the arguments of `EncoderSettings`, or ``encoder=`` a ready `Encoder`.
-
-    Recorded in the database: what defines the vectors, and their fingerprint; never device, dtype, token, cache
-    folder, batch settings or ``trust_remote_code``. A function that Chroma builds from the record has the defaults
-    for those: to choose them, reopen the collection with `open_collection`, not with ``client.get_collection``.
-
-    Raises:
-        pydantic.ValidationError: (a ValueError) an unknown or impossible argument.
-        ModelLoadError: there is no such model; known without loading its weights.
-
-    Example:
-        >>> import chromadb
-        >>> collection = open_collection(chromadb.EphemeralClient(), "notes", EchoEmbeddingFunction(model="echo-mini"))
-        >>> collection.add(ids=["1", "2"], documents=["The valve is closed.", "Rain fell all night."])
-        >>> collection.query(query_texts=["is the valve closed?"], n_results=1)["ids"]
-        [['1']]
-
-    Source: Springer et al., "Repetition Improves Language Model Embeddings", arXiv 2402.15449.
-    """
+    _fields: ClassVar[type[EncoderFields]]
 
     def __init__(self, *, encoder: Encoder | None = None, **settings: Any) -> None:
         given: dict[str, Any] = {} if encoder is None else {"encoder": encoder}
-        self._encoder: Encoder | None = _Fields(**settings, **given).encoder
+        self._encoder: Encoder | None = self._fields(**settings, **given).encoder
         self._config = _record(self._encoder)
         self._checked = False
 
@@ -100,7 +84,7 @@ class EchoEmbeddingFunction(EmbeddingFunction[Documents]):
                     "database because they can run code: open it with open_collection and a function of your own"
                 )
             self.validate_config(self._config)
-            self._encoder = Encoder(**{key: value for key, value in self._config.items() if key != "fingerprint"})
+            self._encoder = self._fields(**_without_fingerprint(self._config)).encoder
         return self._encoder
 
     @property
@@ -113,23 +97,30 @@ class EchoEmbeddingFunction(EmbeddingFunction[Documents]):
         """Components of a vector."""
         return self.encoder.dimension
 
+    def with_instruction(self, query: str | None = None, *, document: str | None = None) -> Self:
+        """A function with other instructions; it shares the loaded model.
+
+        Args:
+            query: stands before queries; ``""`` for none, None to keep what there is.
+            document: the same for documents: another vector space, for a collection of its own.
+
+        Raises:
+            pydantic.ValidationError: (a ValueError) the template has no place for an instruction.
+        """
+        return type(self)(encoder=self.encoder.replace(**instructions(query, document)))
+
     def unload(self) -> None:
         """Let go of the model; see `Encoder.unload`."""
         self.encoder.unload()
 
     def __repr__(self) -> str:
-        shown = ("model_name", "mode", "fingerprint")
-        return f"EchoEmbeddingFunction({', '.join(f'{name}={self._config.get(name)!r}' for name in shown)})"
+        shown = [name for name in ("model_name", "token_set", "mode", "fingerprint") if name in self._config]
+        return f"{type(self).__name__}({', '.join(f'{name}={self._config[name]!r}' for name in shown)})"
 
-    @staticmethod
-    def name() -> str:
-        """The name under which Chroma knows this class."""
-        return "echo_integrations_echo"
-
-    @staticmethod
-    def build_from_config(config: dict[str, Any]) -> EchoEmbeddingFunction:
+    @classmethod
+    def build_from_config(cls, config: dict[str, Any]) -> Self:
         """The function that a database records; reads no file and never fails, the first call does."""
-        function = EchoEmbeddingFunction.__new__(EchoEmbeddingFunction)
+        function = cls.__new__(cls)
         function._encoder, function._config, function._checked = None, copy.deepcopy(config), False
         return function
 
@@ -137,23 +128,23 @@ class EchoEmbeddingFunction(EmbeddingFunction[Documents]):
         """What a database records: JSON-able values."""
         return copy.deepcopy(self._config)
 
-    @staticmethod
-    def validate_config(config: dict[str, Any]) -> None:
+    @classmethod
+    def validate_config(cls, config: dict[str, Any]) -> None:
         """See that a record can be used.
 
         Raises:
             InputError: no fingerprint, or an entry that this version does not know.
             pydantic.ValidationError: (a ValueError) an impossible value.
         """
-        settings = {key: value for key, value in config.items() if key != "fingerprint"}
+        settings = _without_fingerprint(config)
         if "fingerprint" not in config:
             raise InputError("the recorded configuration has no fingerprint: it was not written by this package")
-        if unknown := sorted(settings.keys() - set(_RECORDED)):
+        if unknown := sorted(settings.keys() - {*_RECORDED, *_RECORDED_OF_TOKEN_SETS}):
             raise InputError(
                 f"the recorded configuration has {', '.join(unknown)}, which this version of echo-integrations does "
                 "not know: upgrade it, or embed the texts again into a new collection"
             )
-        Encoder(**settings)
+        cls._fields(**settings)
 
     def validate_config_update(self, old_config: dict[str, Any], new_config: dict[str, Any]) -> None:
         """See that a change of the record leaves the vector space alone, such as another path of the same model.
@@ -177,10 +168,82 @@ class EchoEmbeddingFunction(EmbeddingFunction[Documents]):
         return self.encoder
 
 
+class _EchoFields(EncoderFields):
+    model_config = ConfigDict(title="EchoEmbeddingFunction")  # what errors call it
+    modes = ECHO_MODES
+    class_of_other_modes = "LLM2VecGenEmbeddingFunction"
+
+
+class EchoEmbeddingFunction(_Function, EmbeddingFunction[Documents]):
+    """Echo embeddings for Chroma; takes the arguments of `EncoderSettings`, or ``encoder=`` a ready `Encoder`.
+
+    Recorded in the database: what defines the vectors, and their fingerprint; never device, dtype, token, cache
+    folder, batch settings or ``trust_remote_code``. A function that Chroma builds from the record has the defaults
+    for those: to choose them, reopen the collection with `open_collection`, not with ``client.get_collection``.
+
+    Raises:
+        pydantic.ValidationError: (a ValueError) an unknown or impossible argument.
+        ModelLoadError: there is no such model; known without loading its weights.
+
+    Example:
+        >>> import chromadb
+        >>> collection = open_collection(chromadb.EphemeralClient(), "notes", EchoEmbeddingFunction(model="echo-mini"))
+        >>> collection.add(ids=["1", "2"], documents=["The valve is closed.", "Rain fell all night."])
+        >>> collection.query(query_texts=["is the valve closed?"], n_results=1)["ids"]
+        [['1']]
+
+    Source: Springer et al., "Repetition Improves Language Model Embeddings", arXiv 2402.15449.
+    """
+
+    _fields = _EchoFields
+
+    @staticmethod
+    def name() -> str:
+        """The name under which Chroma knows this class."""
+        return "echo_integrations_echo"
+
+
+class _LLM2VecGenFields(EncoderFields):
+    model_config = ConfigDict(title="LLM2VecGenEmbeddingFunction")
+    modes = TOKEN_SET_MODES
+    class_of_other_modes = "EchoEmbeddingFunction"
+
+
+class LLM2VecGenEmbeddingFunction(_Function, EmbeddingFunction[Documents]):
+    """LLM2Vec-Gen embeddings for Chroma: of what the model would answer to a text, not of the text.
+
+    Takes the arguments of `EncoderSettings`, or ``encoder=`` a ready `Encoder`: as the model a released checkpoint, or
+    a backbone and ``token_set=`` a token set of your own. Where no instructions are given, the token set's are used or
+    else the paper's, other ones for queries than for documents. Recorded as for `EchoEmbeddingFunction`, with the
+    token set's place and the instructions that were used; a folder by its absolute path.
+
+    Raises:
+        pydantic.ValidationError: (a ValueError) an unknown or impossible argument.
+        ModelLoadError: there is no such model or token set; known without loading the model's weights.
+        TokenSetError: a damaged token set, or one of another backbone.
+
+    Example:
+        >>> function = LLM2VecGenEmbeddingFunction(model="echo-mini", token_set="./tokens/legal")  # doctest: +SKIP
+        >>> collection = open_collection(client, "notes", function)  # doctest: +SKIP
+
+    Source: BehnamGhader et al., "LLM2Vec-Gen: Generative Embeddings from Large Language Models", arXiv 2603.10913.
+    """
+
+    _fields = _LLM2VecGenFields
+
+    @staticmethod
+    def name() -> str:
+        """The name under which Chroma knows this class."""
+        return "echo_integrations_llm2vec_gen"
+
+
+AnyFunction = EchoEmbeddingFunction | LLM2VecGenEmbeddingFunction
+
 register_embedding_function(EchoEmbeddingFunction)  # type: ignore[no-untyped-call]
+register_embedding_function(LLM2VecGenEmbeddingFunction)  # type: ignore[no-untyped-call]
 
 
-def open_collection(client: ClientAPI, name: str, function: EchoEmbeddingFunction, **kwargs: Any) -> Collection:
+def open_collection(client: ClientAPI, name: str, function: AnyFunction, **kwargs: Any) -> Collection:
     """Open a collection with a function that fits it, or create it, with cosine distance unless told otherwise.
 
     Args:
@@ -201,8 +264,10 @@ def open_collection(client: ClientAPI, name: str, function: EchoEmbeddingFunctio
         >>> open_collection(chromadb.EphemeralClient(), "classical-notes", function).count()
         0
     """
-    if not isinstance(function, EchoEmbeddingFunction):
-        raise InputError(f"function is a {type(function).__name__}: pass an EchoEmbeddingFunction")
+    if not isinstance(function, AnyFunction):
+        raise InputError(
+            f"function is a {type(function).__name__}: pass an EchoEmbeddingFunction or an LLM2VecGenEmbeddingFunction"
+        )
     configuration: Any = {**(kwargs.pop("configuration", None) or {}), "embedding_function": function}
     found = client.get_or_create_collection(name, embedding_function=None, configuration=configuration, **kwargs)
     record = found.configuration_json.get("embedding_function") or {}
@@ -222,13 +287,22 @@ def _record(encoder: Encoder) -> dict[str, Any]:
     """What a database records of an encoder."""
     record = {
         **{name: getattr(encoder, name) for name in _RECORDED},
-        "model_name": _lasting(encoder.model_name),
-        "adapter": encoder.adapter and _lasting(encoder.adapter),
         "model_kwargs": encoder.vector_space()["model_kwargs"],
         "fingerprint": encoder.fingerprint,
     }
+    if encoder.mode in TOKEN_SET_MODES:
+        record |= {name: getattr(encoder, name) for name in _RECORDED_OF_TOKEN_SETS}
+        record |= {f"{role}_instruction": encoder.instruction(role) for role in Role}
+    if encoder.token_set is not None and "model_name" not in encoder.model_fields_set:  # the set names its backbone
+        _, tokens = resolve(encoder)
+        record |= {"model_name": tokens.backbone, "revision": tokens.revision} if tokens else {}
+    record |= {name: _lasting(record[name]) for name in ("model_name", "adapter", "token_set") if record.get(name)}
     plain: dict[str, Any] = json.loads(canonical_json(record))
     return plain
+
+
+def _without_fingerprint(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "fingerprint"}
 
 
 def _lasting(place: str) -> str:

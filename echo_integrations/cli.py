@@ -1,6 +1,6 @@
-"""``echo-embed``: embed files of texts, and show what a set of settings amounts to.
+"""``echo-embed``: embed files of texts, read embeddings, and show what a set of settings amounts to.
 
-The flags for settings are made from `EncoderSettings`. Whatever needs torch is imported when it is used.
+Whatever needs torch is imported when it is used.
 """
 
 from __future__ import annotations
@@ -14,34 +14,41 @@ import shutil
 import stat
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from enum import StrEnum
 from itertools import compress
 from pathlib import Path
-from types import NoneType
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import ValidationError
 
 from echo_integrations import __version__
-from echo_integrations.config import EchoIntegrationsError, EncoderSettings, Role, TruncationWarning
+from echo_integrations.config import EchoIntegrationsError, EncoderSettings, Mode, Role, TruncationWarning
 from echo_integrations.files import FileError, PartialStore, Source, write_result, writing
+from echo_integrations.flags import TOKEN, add_settings, say, settings_of
+from echo_integrations.training.commands import add_commands
 
 if TYPE_CHECKING:
     from echo_integrations.encoder import Encoder
 
 _INPUTS = ("txt", "jsonl", "parquet")
 _OUTPUTS = ("npy", "parquet", "jsonl")
-_NO_FLAGS = ("token", "show_progress")
-_TOKEN = "For a private or gated model set HF_TOKEN or log in with `hf auth login`; tokens are no arguments here."
 _ENCODE = """
 Embed every text of a file. INPUT is .txt (one text a line, blank lines are texts too), .jsonl or .parquet; OUT is .npy
 (float32, one row a text), .parquet or .jsonl (all fields of the input and "embedding"). Vectors are kept in OUT.partial
 as they are done: the same command, run again after whatever ended it, goes on where it was.
+"""
+
+
+_DECODE = """
+Embed each TEXT in mode llm2vec-gen and print what the embedding says: the LM continues its soft prompts.
+"""
+_EXPLAIN = """
+Embed each TEXT in mode llm2vec-gen and print, for each compression token, the tokens that the LM head sees in it.
 """
 
 
@@ -57,14 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         args.run(args)
-    except (KeyboardInterrupt, EchoIntegrationsError, ValidationError, OSError) as error:
-        _say(*_messages(error), *getattr(error, "__notes__", ()))
+    except (KeyboardInterrupt, EchoIntegrationsError, ValidationError, OSError, ModuleNotFoundError) as error:
+        say(*_messages(error), *getattr(error, "__notes__", ()))
         return 130 if isinstance(error, KeyboardInterrupt) else 1
     return 0
-
-
-def _say(*lines: str) -> None:
-    print("echo-embed:", "\n".join(lines), file=sys.stderr)
 
 
 def _messages(error: BaseException) -> list[str]:
@@ -76,12 +79,14 @@ def _messages(error: BaseException) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("echo-embed", description="Echo embeddings of causal LMs.", epilog=_TOKEN)
+    parser = argparse.ArgumentParser(
+        "echo-embed", description="Embeddings of causal LMs: echo, LLM2Vec-Gen, classical.", epilog=TOKEN
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     encode = commands.add_parser(
-        "encode", help="embed the texts of a file", description=_ENCODE, epilog=_TOKEN, allow_abbrev=False
+        "encode", help="embed the texts of a file", description=_ENCODE, epilog=TOKEN, allow_abbrev=False
     )
     encode.add_argument("input", metavar="INPUT", help="a file, or - for standard input")
     encode.add_argument("--out", metavar="OUT", required=True, type=Path, help="a .npy, .parquet or .jsonl file")
@@ -92,78 +97,113 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument("--overwrite", action="store_true", help="replace OUT, and an OUT.partial of another run")
     encode.add_argument("--progress", action="store_true", help="show a progress bar even where there is no terminal")
     encode.set_defaults(run=_encode, refuse=encode.error)
-    _add_settings(encode)
+    add_settings(encode)
+
+    for name, run, what, how in (
+        ("decode", _decode, "say in words what embeddings hold", _DECODE),
+        ("explain", _explain, "show the logit lens of embeddings", _EXPLAIN),
+    ):
+        read = commands.add_parser(name, help=what, description=how, epilog=TOKEN, allow_abbrev=False)
+        read.add_argument("texts", metavar="TEXT", nargs="+", help="what to embed; - for the lines of standard input")
+        read.add_argument("--role", choices=list(map(str, Role)), default="query", help="default: query")
+        read.add_argument("--instruction", metavar="TEXT", help="in place of the role's own; '' for none")
+        if name == "decode":
+            read.add_argument("--max-new-tokens", metavar="N", type=int, default=32, help="default: 32")
+        else:
+            read.add_argument("--top-k", metavar="N", type=int, default=5, help="tokens a position (default: 5)")
+        read.add_argument("--json", action="store_true", help="print a JSON array")
+        read.set_defaults(run=run)
+        add_settings(read)
+
+    add_commands(commands)
 
     info = commands.add_parser(
         "info",
         help="show vector space, device and templates",
         description="Show what the settings amount to; loads no weights.",
-        epilog=_TOKEN,
+        epilog=TOKEN,
         allow_abbrev=False,
     )
     info.add_argument("--json", action="store_true", help="print a JSON object")
     info.set_defaults(run=_info)
-    _add_settings(info)
+    add_settings(info)
     return parser
-
-
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    """A flag for every setting; what is not given keeps its default."""
-    group = parser.add_argument_group("settings")
-    how: dict[str, Any]
-    for name, field in EncoderSettings.model_fields.items():
-        if name in _NO_FLAGS:
-            continue
-        flags = [f"--{word.replace('_', '-')}" for word in (field.alias, name) if word]
-        types = (dict,) if name == "model_kwargs" else get_args(field.annotation) or (field.annotation,)
-        kind = next(t for t in types if t is not NoneType)
-        how = {
-            "dest": name,
-            "default": argparse.SUPPRESS,
-            "help": " ".join((field.description or "").replace("`", "").replace("%", "%%").split()),
-        }
-        if kind is bool and field.default:
-            flags = [f"--no-{name.removesuffix('_embeddings')}"]
-            how |= {"action": "store_false", "help": f"Turn off: {how['help']}"}
-        elif kind is bool:
-            how |= {"action": "store_true"}
-        elif issubclass(kind, StrEnum):
-            how |= {"choices": list(map(str, kind))}
-        elif kind is dict:
-            how |= {"type": json.loads, "metavar": "JSON"}
-        else:
-            how |= {"type": kind, "metavar": "N" if kind is int else "TEXT"}
-        if kind is not bool and field.default is not None:
-            how["help"] += f" (default: {field.default})"
-        group.add_argument(*flags, **how)
-
-
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(args).items() if name in EncoderSettings.model_fields}
 
 
 def _encoder(args: argparse.Namespace) -> Encoder:
     from echo_integrations.encoder import Encoder
 
-    return Encoder(**_settings(args))
+    return Encoder(**settings_of(args))
+
+
+def _reader(args: argparse.Namespace) -> tuple[Encoder, list[str]]:
+    """An encoder of the mode whose embeddings can be read, and the texts."""
+    from echo_integrations.encoder import Encoder
+
+    encoder = Encoder(**{"mode": Mode.LLM2VEC_GEN, **settings_of(args)})
+    return encoder, sys.stdin.read().splitlines() if args.texts == ["-"] else args.texts
+
+
+def _decode(args: argparse.Namespace) -> None:
+    encoder, texts = _reader(args)
+    answers = encoder.decode(texts, role=args.role, instruction=args.instruction, max_new_tokens=args.max_new_tokens)
+    if args.json:
+        rows = [{"text": text, "decoded": answer} for text, answer in zip(texts, answers, strict=True)]
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    _print_table(["text", "decoded"], [list(row) for row in zip(texts, answers, strict=True)])
+
+
+def _explain(args: argparse.Namespace) -> None:
+    encoder, texts = _reader(args)
+    lens = encoder.explain(texts, top_k=args.top_k, role=args.role, instruction=args.instruction)
+    if args.json:
+        rows = [
+            {"text": text, "tokens": [[t._asdict() for t in at] for at in row]}
+            for text, row in zip(texts, lens, strict=True)
+        ]
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    for text, row in zip(texts, lens, strict=True):
+        print(_line(text))
+        cells = [[f"{token!r} {probability:.0%}" for token, probability in at] for at in row]
+        _print_table(["token", *map(str, range(1, args.top_k + 1))], [[str(i), *at] for i, at in enumerate(cells, 1)])
+
+
+def _print_table(head: list[str], rows: list[list[str]]) -> None:
+    """Columns as wide as they need to be, the last one as wide as the terminal has room for."""
+    rows = [[_line(cell) for cell in row] for row in rows]
+    widths = [min(48, max(len(row[i]) for row in [head, *rows])) for i in range(len(head))]
+    for row in [head, ["-" * width for width in widths], *rows]:
+        *cells, last = row
+        start = "  ".join(
+            textwrap.shorten(cell, width, placeholder="...").ljust(width)
+            for cell, width in zip(cells, widths, strict=False)
+        )
+        print(f"{start}  {last}")
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _info(args: argparse.Namespace) -> None:
     encoder = _encoder(args)
-    from echo_integrations.backbone import choose_device, choose_dtype
+    from echo_integrations.device import choose_device, choose_dtype
+    from echo_integrations.resolve import resolve
 
     space = encoder.vector_space()
     device = choose_device(encoder.device)
-    facts = {
-        "model": encoder.model_name,
+    facts: dict[str, Any] = {
+        "model": resolve(encoder)[0].name,
         "mode": str(encoder.mode),
         "dimension": encoder.dimension,
         "fingerprint": encoder.fingerprint,
         "device": str(device),
         "dtype": str(choose_dtype(encoder.dtype, device)).removeprefix("torch."),
-        **{f"{role}_{what}": space[f"{role}_{what}"] for role in Role for what in ("template", "max_length")},
-        **{f"{role}_instruction": text for role in Role if (text := getattr(encoder, f"{role}_instruction"))},
-        "pooling": str(encoder.pooling),
+        **{name: space[name] for role in Role for name in (f"{role}_template", f"{role}_max_length") if name in space},
+        **{f"{role}_instruction": text for role in Role if (text := encoder.instruction(role))},
+        **{name: space[name] for name in ("token_set", "pooling") if name in space},
         "normalize_embeddings": encoder.normalize_embeddings,
     }
     if args.json:
@@ -182,16 +222,13 @@ def _encode(args: argparse.Namespace) -> None:
         args.refuse(f"--out {out} must end in {', '.join('.' + o for o in _OUTPUTS)}")
     if kind not in _INPUTS:
         args.refuse(f"{args.input} does not end in {', '.join('.' + i for i in _INPUTS)}: say what it is with --format")
-    settings = EncoderSettings(**_settings(args))
+    EncoderSettings(**settings_of(args))
     if out.is_dir():
         raise FileError(f"{out} is a folder: choose another name")
     if out.exists() and not args.overwrite:
         raise FileError(f"{out} exists already: choose another name or pass --overwrite")
     if out.exists() and args.input != "-" and Path(args.input).exists() and out.samefile(args.input):
         raise FileError(f"{out} is the input: choose another name")
-    instruction = args.instruction
-    if instruction is None:
-        instruction = settings.query_instruction if args.role == "query" else settings.document_instruction
     if not out.parent.is_dir():
         raise FileError(f"there is no folder {out.parent}: make it, or choose another place for --out")
     with _opened(args.input) as file:
@@ -202,7 +239,7 @@ def _encode(args: argparse.Namespace) -> None:
             "input": source.sha256,
             "texts": f"{kind} {args.field}",
             "role": args.role,
-            "instruction": instruction or "",
+            "instruction": encoder.instruction(args.role) if args.instruction is None else args.instruction,
             "fingerprint": encoder.fingerprint,
             "dimension": encoder.dimension,
         }
@@ -213,7 +250,7 @@ def _encode(args: argparse.Namespace) -> None:
             seconds = time.monotonic() - start
             write_result(out, source, store)
     done = source.count - there
-    _say(
+    say(
         f"{out}: {source.count} rows of {encoder.dimension} components; {done} encoded in {seconds:.1f} s "
         f"({done / max(seconds, 1e-9):.1f} texts/s)"
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Self, TypeVar
@@ -61,6 +62,8 @@ class Mode(StrEnum):
     """The text stands in the prompt twice and the second copy is pooled (Springer et al., 2024)."""
     CLASSICAL = "classical"
     """The text stands in the prompt once: the baseline."""
+    LLM2VEC_GEN = "llm2vec-gen"
+    """Trained tokens follow the text; their hidden states stand for the answer (BehnamGhader et al., 2026)."""
 
 
 class Pooling(StrEnum):
@@ -91,6 +94,12 @@ class Role(StrEnum):
     DOCUMENT = "document"
     """What is searched."""
 
+
+DEFAULT_INSTRUCTIONS: dict[Role, str] = {
+    Role.QUERY: "Generate a passage that best answers this question:",
+    Role.DOCUMENT: "Summarize the following passage:",
+}
+"""What the LLM2Vec-Gen paper asks of the model for each side of retrieval."""
 
 # Checkpoints of the echo paper that were fine-tuned on a template pair of their own: name -> what they need.
 # Templates, instruction and max_length are those of the example that was released with them.
@@ -129,6 +138,14 @@ class EchoIntegrationsError(Exception):
 
 class ModelLoadError(EchoIntegrationsError):
     """A model, tokenizer or adapter cannot be found, read or used for embeddings."""
+
+
+class TokenSetError(EchoIntegrationsError):
+    """A token set is damaged, incomplete, or of a version or kind that cannot be used."""
+
+
+class TokenSetMismatchError(TokenSetError):
+    """A token set was trained on another backbone; the message names both."""
 
 
 class InputError(EchoIntegrationsError, ValueError):
@@ -194,19 +211,27 @@ class EncoderSettings(BaseModel):
     adapter: str | None = None
     """A PEFT adapter (Hub id or folder) that is merged into the model when it is loaded."""
     mode: Annotated[Mode | str, _one_of(Mode)] = Mode.ECHO
-    """``"echo"`` or ``"classical"``: chooses the default templates."""
+    """``"echo"``, ``"classical"`` or ``"llm2vec-gen"``: how a text is laid out for the model."""
+    token_set: str | None = None
+    """Trained tokens for mode ``"llm2vec-gen"``: a folder or Hub id, in this package's format or a released one's.
+    Not needed where ``model`` is itself a token set or a released checkpoint; where only this is given, the
+    backbone that it was trained on is the model."""
+    token_set_revision: str | None = None
+    """Branch, tag or commit of the token set on the Hub; ``revision`` is the model's."""
     query_template: str | None = None
     """Preset name or template for queries; the mode's own unless given. See `echo_integrations.recipe`."""
     document_template: str | None = None
     """Preset name or template for documents; the mode's own unless given."""
     query_instruction: str | None = None
-    """Fills ``%%prompt%%`` of the query template; ``""`` and None mean none."""
+    """Fills ``%%prompt%%`` of the query template; ``""`` and None mean none. In mode ``"llm2vec-gen"`` it stands
+    before a query, and None means the token set's own or else the paper's."""
     document_instruction: str | None = None
-    """Fills ``%%prompt%%`` of the document template; ``""`` and None mean none."""
+    """The same for documents."""
     pooling: Annotated[Pooling | str, _one_of(Pooling)] = Pooling.MEAN
     """``"mean"`` of the pooled tokens or the ``"last"`` one."""
     max_length: int = Field(default=512, ge=1, strict=True)
-    """Tokens of a text that are used, per copy; clamped to what the backbone's positions allow."""
+    """Tokens of a text that are used, per copy; clamped to what the backbone's positions allow. In mode
+    ``"llm2vec-gen"`` instruction and trained tokens count, too."""
     on_truncate: Annotated[OnTruncate | str, _one_of(OnTruncate)] = OnTruncate.WARN
     """``"truncate"``, ``"warn"`` or ``"error"`` when a text is longer than that."""
     normalize_embeddings: bool = True
@@ -244,6 +269,27 @@ class EncoderSettings(BaseModel):
         if self.query_template != _FINE_TUNED["query_template"] and "query_instruction" not in self.model_fields_set:
             self.__dict__["query_instruction"] = None
         return self
+
+    @model_validator(mode="after")
+    def _check_mode(self) -> Self:
+        """Refuse what the mode has no use for, rather than ignore it."""
+        if self.mode == Mode.LLM2VEC_GEN:
+            names = ("query_template", "document_template", "pooling")
+            useless = [name for name in names if getattr(self, name) != EncoderSettings.model_fields[name].default]
+            if useless:
+                raise ValueError(
+                    f"{', '.join(useless)} cannot be chosen in mode 'llm2vec-gen': the token set says how a text is "
+                    "laid out and pooled; give query_instruction and document_instruction instead of templates"
+                )
+        elif self.token_set is not None:
+            raise ValueError(f"token_set belongs to mode='llm2vec-gen', the mode is {str(self.mode)!r}: give that mode")
+        return self
+
+    @field_validator("token_set", mode="before")
+    @classmethod
+    def _name_of_token_set(cls, value: Any) -> Any:
+        """Accept a ``Path``."""
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
 
     @field_validator("dtype", mode="before")
     @classmethod

@@ -1,49 +1,46 @@
 """`Encoder`: from texts to vectors, in the caller's order.
 
-The path of a text: ``Recipe.render`` lays it out, ``batching.plan`` groups it with texts of similar length,
-``Backbone.hidden_states`` runs the model, ``pooling.pool`` takes the marked positions, `Encoder._finish` cuts and
-normalises. This module knows nothing of frameworks.
+The path of a text: ``Recipe.render`` lays it out, ``forward.embed`` groups it with texts of similar length,
+runs the model, pools the marked positions and applies a token set's maps, `Encoder._finish` cuts and normalises.
+This module knows nothing of frameworks.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import sys
-import warnings
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, overload
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from echo_integrations.backbone import Backbone, BackboneSpec, is_out_of_memory, registry
-from echo_integrations.batching import distinct, plan, slices, windows
+from echo_integrations import reading
+from echo_integrations.backbone import Backbone, BackboneSpec, registry
+from echo_integrations.batching import distinct, windows
 from echo_integrations.checkpoint import Checkpoint
 from echo_integrations.config import (
+    DEFAULT_INSTRUCTIONS,
     EncoderSettings,
     EncodingError,
     InputError,
-    OnTruncate,
+    Mode,
     Role,
-    TruncationError,
-    TruncationWarning,
     canonical_json,
 )
-from echo_integrations.pooling import pool
-from echo_integrations.recipe import Recipe, Rendered, check_template, resolve_template
+from echo_integrations.forward import Row, embed
+from echo_integrations.reading import LensToken
+from echo_integrations.recipe import Recipe, TokenRecipe, check_template, resolve_template
+from echo_integrations.resolve import check_token_set, find_token_set, resolve
+from echo_integrations.texts import TruncationReport, checked, render_ahead
+from echo_integrations.token_set import TokenSet
 
 Vectors = NDArray[np.float32]
 Positions = NDArray[np.int64]
 
 _WINDOW = 65_536  # texts that are sorted together, unless their characters come to more than
 _WINDOW_CHARACTERS = 33_554_432
-_SLICE_TEXTS = 4_096  # texts that are tokenised while the ones before them are in the model
-_SLICE_CHARACTERS = 524_288
 _OPERATIONAL = {  # model_kwargs that do not change a vector
     *("device_map", "max_memory", "low_cpu_mem_usage", "offload_buffers", "offload_folder", "offload_state_dict"),
     *("tp_plan", "tp_size", "use_kernels", "allow_all_kernels"),
@@ -64,11 +61,15 @@ class Encoder(EncoderSettings):
         >>> encoder.encode_document(["The valve is closed.", "Rain fell all night."]).shape
         (2, 256)
 
-    Source: Springer et al., "Repetition Improves Language Model Embeddings", arXiv 2402.15449.
+    Sources: Springer et al., "Repetition Improves Language Model Embeddings", arXiv 2402.15449; BehnamGhader et al.,
+    "LLM2Vec-Gen: Generative Embeddings from Large Language Models", arXiv 2603.10913.
     """
 
     def model_post_init(self, context: Any) -> None:
-        """Refuse a malformed template, or an instruction that has no place, before anything is indexed."""
+        """Refuse what can be seen to be wrong without the Hub and without weights, before anything is indexed."""
+        if self.mode == Mode.LLM2VEC_GEN:
+            check_token_set(self)
+            return
         for template, instruction in (
             (self.query_template, self.query_instruction),
             (self.document_template, self.document_instruction),
@@ -87,9 +88,10 @@ class Encoder(EncoderSettings):
             >>> Encoder(model="echo-mini").dimension
             256
         """
-        size = self._checkpoint().hidden_size
+        checkpoint, token_set = self._resolve()
+        size = checkpoint.hidden_size if token_set is None else token_set.dimension
         if self.truncate_dim is not None and self.truncate_dim > size:
-            raise InputError(f"truncate_dim={self.truncate_dim} is more than the {size} components of the model")
+            raise InputError(f"truncate_dim={self.truncate_dim} is more than the {size} components there are")
         return self.truncate_dim or size
 
     @property
@@ -118,32 +120,92 @@ class Encoder(EncoderSettings):
             >>> Encoder(mode="classical").vector_space()["document_template"]
             '{%%text%%}'
         """
-        query, document = self._recipe(Role.QUERY), self._recipe(Role.DOCUMENT)
+        checkpoint, token_set = self._resolve()
+        query, document = (self._recipe(role, checkpoint, token_set) for role in (Role.QUERY, Role.DOCUMENT))
+        if isinstance(query, Recipe) and isinstance(document, Recipe):
+            layout = {
+                "query_template": query.template,
+                "document_template": document.template,
+                "pooling": str(self.pooling),
+            }
+        else:
+            layout = {"token_set": token_set.fingerprint if token_set else ""}
         return {
-            "files": self._checkpoint().digest(),
+            "files": checkpoint.digest(),
             "model_kwargs": _without_compute_dtype(
                 {name: value for name, value in self.model_kwargs.items() if name not in _OPERATIONAL}
             ),
             "mode": str(self.mode),
-            "query_template": query.template,
+            **layout,
             "query_max_length": query.max_length,
-            "query_instruction": bool(self.query_instruction),
-            "document_template": document.template,
+            "query_instruction": bool(self.instruction(Role.QUERY)),
             "document_max_length": document.max_length,
-            "document_instruction": self.document_instruction or "",
-            "pooling": str(self.pooling),
+            "document_instruction": self.instruction(Role.DOCUMENT),
             "normalize_embeddings": self.normalize_embeddings,
             "dimension": self.dimension,
         }
 
-    def encode(self, texts: str | Iterable[str]) -> Vectors:
-        """Embed documents: `encode_document` without a choice of instruction.
+    def instruction(self, role: Role | str) -> str:
+        """What stands before texts of a role: the setting, or in mode "llm2vec-gen" the token set's or the paper's.
+
+        Example:
+            >>> Encoder(mode="classical").instruction("query")
+            ''
+        """
+        role = Role(role)
+        setting = self.query_instruction if role is Role.QUERY else self.document_instruction
+        if setting is None and (token_set := find_token_set(self)) is not None:
+            return token_set.instructions.get(role, DEFAULT_INSTRUCTIONS[role])
+        return setting or ""
+
+    @overload
+    def encode(
+        self,
+        texts: str | Iterable[str],
+        *,
+        role: Role | str = ...,
+        instruction: str | None = ...,
+        return_soft_prompts: Literal[False] = ...,
+    ) -> Vectors: ...
+    @overload
+    def encode(
+        self,
+        texts: str | Iterable[str],
+        *,
+        role: Role | str = ...,
+        instruction: str | None = ...,
+        return_soft_prompts: Literal[True],
+    ) -> tuple[Vectors, Vectors]: ...
+    def encode(
+        self,
+        texts: str | Iterable[str],
+        *,
+        role: Role | str = Role.DOCUMENT,
+        instruction: str | None = None,
+        return_soft_prompts: bool = False,
+    ) -> Vectors | tuple[Vectors, Vectors]:
+        """Embed texts of either role, documents unless told otherwise.
+
+        Args:
+            texts: strings; one string alone gives one vector.
+            role: ``"document"`` or ``"query"``.
+            instruction: in place of the role's own; ``""`` for none.
+            return_soft_prompts: whether to return, too, what `decode` reads (mode ``"llm2vec-gen"`` only).
+
+        Returns:
+            (n, D) float32 in the order of the texts, (D,) for one string; with soft prompts a pair of that and
+            (n, N, H) float32, or (N, H).
+
+        Raises:
+            InputError, TruncationError, ModelLoadError, EncodingError: as `encode_document`.
 
         Example:
             >>> Encoder().encode(["A valve.", "A pump."]).shape
             (2, 256)
         """
-        return self.encode_document(texts)
+        if return_soft_prompts:
+            return self._encode_with_soft_prompts(texts, Role(role), instruction)
+        return self._encode(texts, Role(role), instruction)
 
     def encode_document(self, texts: str | Iterable[str], instruction: str | None = None) -> Vectors:
         """Embed texts that are searched.
@@ -202,7 +264,7 @@ class Encoder(EncoderSettings):
         if window_size < 1:
             raise InputError(f"window_size={window_size}: a window holds at least one text")
         done = 0
-        for window in windows(_checked(texts), window_size):
+        for window in windows(checked(texts), window_size):
             result = np.empty((len(window), self.dimension), dtype=np.float32)
             for positions, vectors in self.encode_batches(window, role=role, instruction=instruction, first=done):
                 result[positions - done] = vectors
@@ -227,24 +289,85 @@ class Encoder(EncoderSettings):
             >>> [(positions.tolist(), vectors.shape) for positions, vectors in Encoder().encode_batches(["a", "b"])]
             [([0, 1], (2, 256))]
         """
-        role = Role(role)
-        if instruction is None:
-            instruction = (self.query_instruction if role is Role.QUERY else self.document_instruction) or ""
-        instruction = next(_checked([instruction], "instruction"))
-        recipe = self._recipe(role)
-        report = _TruncationReport(self.on_truncate, self.max_length, recipe.max_length)
-        report.check("the instruction", recipe.instruction_length(instruction))
-        backbone = None
-        for window in windows(_checked(texts, first=first), _WINDOW, weight=len, most=_WINDOW_CHARACTERS):
-            places = {text: [first + i for i in indices] for text, indices in distinct(window).items()}
-            first += len(window)
-            for rendered, owners in _render_ahead(recipe, places, instruction):
-                for item, indices in zip(rendered, owners, strict=True):
-                    report.check(f"texts[{indices[0]}]", item.length)
-                backbone = backbone or registry.acquire(BackboneSpec.of(self, self._checkpoint()), self)
-                for batch, vectors in self._run(backbone, rendered, owners):
-                    repeats = [len(owners[i]) for i in batch]
-                    yield np.concatenate([owners[i] for i in batch]), np.repeat(vectors, repeats, axis=0)
+        for positions, vectors, _ in self._batches(texts, Role(role), instruction, first):
+            yield positions, vectors
+
+    def decode(
+        self,
+        texts: str | Iterable[str] | None = None,
+        *,
+        soft_prompts: Vectors | None = None,
+        role: Role | str = Role.DOCUMENT,
+        instruction: str | None = None,
+        max_new_tokens: int = 64,
+    ) -> list[str]:
+        """What embeddings say, in words: the frozen LM continues their soft prompts greedily.
+
+        Args:
+            texts: strings; or, in their place,
+            soft_prompts: (n, N, H) or (N, H) that ``encode(..., return_soft_prompts=True)`` gave earlier.
+            role: of the texts.
+            instruction: in place of the role's own; ``""`` for none.
+            max_new_tokens: bound on the tokens of an answer; it may end earlier by itself.
+
+        Returns:
+            One string a text, in order.
+
+        Raises:
+            InputError: not mode ``"llm2vec-gen"``, or soft prompts of another shape.
+            ModelLoadError: the checkpoint has no LM head.
+
+        Example:
+            >>> encoder = Encoder(mode="llm2vec-gen")  # doctest: +SKIP
+            >>> encoder.decode(["how do I reset the pump?"], role="query", max_new_tokens=16)  # doctest: +SKIP
+            ['The pump is a device that ...']
+        """
+        if (texts is None) == (soft_prompts is None):
+            raise InputError("decode takes either texts or soft_prompts=")
+        backbone, _ = self._backbone_of_token_set("decode")
+        backbone.causal_lm()
+        if soft_prompts is None:
+            listed = [texts] if isinstance(texts, str) else texts
+            soft_prompts = self._encode_with_soft_prompts(listed or [], Role(role), instruction)[1]
+        return reading.decode(backbone, np.asarray(soft_prompts), max_new_tokens, self.token_budget, self._bar)
+
+    def explain(
+        self,
+        texts: str | Iterable[str],
+        *,
+        top_k: int = 5,
+        role: Role | str = Role.DOCUMENT,
+        instruction: str | None = None,
+    ) -> list[list[list[LensToken]]]:
+        """The logit lens: what the LM head makes of the compression tokens' hidden states.
+
+        Args:
+            texts: strings.
+            top_k: tokens a position.
+            role: of the texts.
+            instruction: in place of the role's own; ``""`` for none.
+
+        Returns:
+            For each text, for each of the N compression tokens, the likeliest next tokens, likeliest first.
+
+        Raises:
+            InputError: not mode ``"llm2vec-gen"``, or ``top_k`` below 1.
+            ModelLoadError: the checkpoint has no LM head.
+
+        Example:
+            >>> Encoder(mode="llm2vec-gen").explain("reset the pump")[0][0][0].token  # doctest: +SKIP
+            ' pump'
+        """
+        if top_k < 1:
+            raise InputError(f"top_k={top_k}: ask for at least one token")
+        backbone, _ = self._backbone_of_token_set("explain")
+        backbone.causal_lm()
+        listed = list(checked([texts] if isinstance(texts, str) else texts))
+        lens: list[list[list[LensToken]]] = [[]] * len(listed)
+        for positions, _, states in self._batches(listed, Role(role), instruction):
+            for position, tokens in zip(positions, reading.explain(backbone, states, top_k), strict=True):
+                lens[position] = tokens
+        return lens
 
     def unload(self) -> None:
         """Let go of the model; it leaves memory when no other encoder in use holds it, and comes back at need.
@@ -260,67 +383,87 @@ class Encoder(EncoderSettings):
         if isinstance(texts, str):
             vector: Vectors = self._encode([texts], role, instruction)[0]
             return vector
-        texts = list(_checked(texts))
+        texts = list(checked(texts))
         result = np.empty((len(texts), self.dimension), dtype=np.float32)
-        quiet = True if self.show_progress is False else None if self.show_progress is None else False
-        delay = 2 if self.show_progress is None else 0
-        with tqdm(total=len(texts), desc="encode", unit="text", disable=quiet, delay=delay) as bar:
+        with self._bar(len(texts), "encode") as bar:
             for positions, vectors in self.encode_batches(texts, role=role, instruction=instruction):
                 result[positions] = vectors
                 bar.update(len(positions))
         return result
 
-    def _checkpoint(self) -> Checkpoint:
-        return Checkpoint.find(self)
+    def _encode_with_soft_prompts(
+        self, texts: str | Iterable[str], role: Role, instruction: str | None
+    ) -> tuple[Vectors, Vectors]:
+        """(n, D) vectors and (n, N, H) soft prompts."""
+        if isinstance(texts, str):
+            vectors, soft_prompts = self._encode_with_soft_prompts([texts], role, instruction)
+            return vectors[0], soft_prompts[0]
+        backbone, token_set = self._backbone_of_token_set("return_soft_prompts=True")
+        texts = list(checked(texts))
+        result = np.empty((len(texts), self.dimension), dtype=np.float32)
+        soft = np.empty((len(texts), token_set.compression, token_set.hidden_size), dtype=np.float32)
+        with self._bar(len(texts), "encode") as bar:
+            for positions, vectors, states in self._batches(texts, role, instruction):
+                result[positions] = vectors
+                soft[positions] = reading.soft_prompts(backbone, token_set, states)
+                bar.update(len(positions))
+        return result, soft
 
-    def _recipe(self, role: Role) -> Recipe:
-        setting = self.query_template if role is Role.QUERY else self.document_template
-        checkpoint = self._checkpoint()
+    def _batches(
+        self, texts: Iterable[str], role: Role, instruction: str | None, first: int = 0
+    ) -> Iterator[tuple[Positions, Vectors, Any]]:
+        """As `encode_batches`, with the (m, N, H) states of compression tokens, if there are any."""
+        checkpoint, token_set = self._resolve()
+        instruction = next(checked([self.instruction(role) if instruction is None else instruction], "instruction"))
+        recipe = self._recipe(role, checkpoint, token_set)
+        report = TruncationReport(self.on_truncate, recipe)
+        report.check("the instruction", recipe.instruction_length(instruction))
+        backbone = None
+        for window in windows(checked(texts, first=first), _WINDOW, weight=len, most=_WINDOW_CHARACTERS):
+            places = {text: [first + i for i in indices] for text, indices in distinct(window).items()}
+            first += len(window)
+            for rendered, owners in render_ahead(recipe, places, instruction):
+                rows = [Row(r, f"texts[{own[0]}]", token_set) for r, own in zip(rendered, owners, strict=True)]
+                for row in rows:
+                    report.check(row.name, row.rendered.length)
+                backbone = backbone or self._backbone(checkpoint, token_set)
+                for done in embed(backbone, rows, self.token_budget):
+                    vectors = self._finish(done.vectors, [owners[i][0] for i in done.rows])
+                    repeats = [len(owners[i]) for i in done.rows]
+                    states = done.states
+                    if states is not None and max(repeats) > 1:
+                        states = states[np.repeat(np.arange(len(repeats)), repeats)]
+                    yield np.concatenate([owners[i] for i in done.rows]), np.repeat(vectors, repeats, axis=0), states
+
+    def _bar(self, total: int, what: str) -> Any:
+        """A progress bar as ``show_progress`` has it."""
+        quiet = True if self.show_progress is False else None if self.show_progress is None else False
+        return tqdm(total=total, desc=what, unit="text", disable=quiet, delay=2 if self.show_progress is None else 0)
+
+    def _resolve(self) -> tuple[Checkpoint, TokenSet | None]:
+        return resolve(self)
+
+    def _backbone(self, checkpoint: Checkpoint, token_set: TokenSet | None) -> Backbone:
+        return registry.acquire(BackboneSpec.of(self, checkpoint, token_set), self)
+
+    def _backbone_of_token_set(self, what: str) -> tuple[Backbone, TokenSet]:
+        checkpoint, token_set = self._resolve()
+        if token_set is None:
+            raise InputError(f"{what} needs mode='llm2vec-gen', the mode is {str(self.mode)!r}")
+        return self._backbone(checkpoint, token_set), token_set
+
+    def _recipe(self, role: Role, checkpoint: Checkpoint, token_set: TokenSet | None) -> Recipe | TokenRecipe:
         tokenizer = checkpoint.tokenizer
+        if token_set is not None:
+            tokens, compression = len(token_set.rows), token_set.compression
+            return TokenRecipe(tokenizer, tokens, compression, self.max_length, checkpoint.positions)
+        setting = self.query_template if role is Role.QUERY else self.document_template
         template = resolve_template(setting, self.mode, tokenizer.bos, tokenizer.eos)
-        return Recipe(template, tokenizer, self.max_length, checkpoint.positions)
-
-    def _run(
-        self, backbone: Backbone, rendered: Sequence[Rendered], owners: Sequence[list[int]]
-    ) -> Iterator[tuple[list[int], Vectors]]:
-        """Vectors of laid-out texts, batch by batch; when memory runs out, with half the budget."""
-        budget = min(self.token_budget or backbone.token_budget, backbone.memory_limit)
-        queue = deque(plan([len(r.ids) for r in rendered], budget))
-        while queue:
-            batch = queue.popleft()
-            try:
-                vectors = self._forward(backbone, [rendered[i] for i in batch])
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                size = len(rendered[batch[0]].ids)
-                if len(batch) == 1:
-                    raise EncodingError(
-                        f"texts[{owners[batch[0]][0]}] alone, {size} tokens with its template, does not fit into the "
-                        f"memory of {backbone.device}: lower max_length, or choose a smaller model or dtype"
-                    ) from error
-                backbone.memory_limit = min(backbone.memory_limit, size * len(batch) // 2)
-                vectors = None
-            if vectors is None:  # outside the except block, where the failed pass still holds its memory
-                if backbone.device.type == "cuda":
-                    torch.cuda.empty_cache()
-                left = [i for b in (batch, *queue) for i in b]
-                batches = plan([len(rendered[i].ids) for i in left], backbone.memory_limit)
-                queue = deque([left[i] for i in batch] for batch in batches)
-                budget = backbone.memory_limit
-                continue
-            yield batch, self._finish(vectors, [owners[i][0] for i in batch])
-
-    def _forward(self, backbone: Backbone, batch: Sequence[Rendered]) -> Vectors:
-        """(B, H) pooled hidden states of one batch."""
-        with backbone.lock, torch.inference_mode():
-            hidden = backbone.hidden_states([r.ids for r in batch])  # (B, T, H)
-            vectors: Vectors = pool(hidden, [r.spans for r in batch], self.pooling).cpu().numpy()
-        return vectors
+        return Recipe(template, tokenizer, self.max_length, checkpoint.positions, self.pooling)
 
     def _finish(self, vectors: Vectors, owners: Sequence[int]) -> Vectors:
         """(B, D): cut, normalised, and free of anything that is no number."""
-        vectors = vectors[:, : self.dimension]
+        vectors = vectors[:, : self.truncate_dim]
         sizes = np.linalg.norm(vectors, axis=1)
         usable = np.isfinite(sizes) & (sizes > 0)
         if not usable.all():
@@ -338,82 +481,3 @@ def _without_compute_dtype(value: Any) -> Any:
     if not isinstance(plain, dict):
         return plain
     return {name: _without_compute_dtype(inner) for name, inner in plain.items() if "compute_dtype" not in name}
-
-
-class _TruncationReport:
-    """Says once a call that texts were cut, or refuses them."""
-
-    def __init__(self, on_truncate: str, wanted: int, max_length: int) -> None:
-        self._on_truncate = OnTruncate(on_truncate)
-        self._max_length = max_length
-        self._bound = f"max_length={max_length}" if wanted == max_length else f"the {max_length} that the model allows"
-        self._remedy = "split it, raise max_length," if wanted == max_length else "split it"
-
-    def check(self, item: str, length: int) -> None:
-        if length <= self._max_length or self._on_truncate == OnTruncate.TRUNCATE:
-            return
-        what = f"{item} has {length} tokens, more than {self._bound}"
-        if self._on_truncate == OnTruncate.ERROR:
-            raise TruncationError(f"{what}: {self._remedy} or pass on_truncate='truncate'")
-        warnings.warn(
-            f"{what}: it was cut, and so is every longer text of this call; {self._remedy} "
-            "or pass on_truncate='truncate' to cut without this warning",
-            TruncationWarning,
-            stacklevel=_callers_level(),
-        )
-        self._on_truncate = OnTruncate.TRUNCATE
-
-
-def _callers_level() -> int:
-    """The ``stacklevel`` that points at whoever called this package."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back and frame.f_globals["__name__"].startswith("echo_integrations"):
-        level, frame = level + 1, frame.f_back
-    return level
-
-
-def _render_ahead(
-    recipe: Recipe, places: Mapping[str, list[int]], instruction: str
-) -> Iterator[tuple[list[Rendered], list[list[int]]]]:
-    """Lay out texts slice by slice, the next slice in a thread while the caller works on the one before it."""
-    runs = list(slices(places, _SLICE_CHARACTERS, _SLICE_TEXTS))
-    if len(runs) == 1:
-        yield recipe.render(runs[0], instruction), [places[text] for text in runs[0]]
-        return
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenise") as ahead:
-        coming = ahead.submit(recipe.render, runs[0], instruction)
-        for run, following in zip(runs, [*runs[1:], None], strict=True):
-            rendered = coming.result()
-            if following is not None:
-                coming = ahead.submit(recipe.render, following, instruction)
-            yield rendered, [places[text] for text in run]
-
-
-def _checked(texts: Iterable[Any], name: str = "texts", first: int = 0) -> Iterator[str]:
-    """The texts, each seen to be one.
-
-    Raises:
-        InputError: something that is no text, with its index and what to do.
-    """
-    if isinstance(texts, str | bytes | bytearray | Mapping | set | frozenset) or not isinstance(texts, Iterable):
-        raise InputError(f"{name} is {_kind(texts)}: pass a list of strings")
-    return _each_checked(texts, name, first)
-
-
-def _each_checked(texts: Iterable[Any], name: str, first: int) -> Iterator[str]:
-    for index, text in enumerate(texts, start=first):
-        item = name if name == "instruction" else f"{name}[{index}]"
-        if not isinstance(text, str):
-            raise InputError(f"{item} is {_kind(text)}, not a string: leave it out or convert it")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"{item} has a lone surrogate, {text[error.start]!r}, at character {error.start}: it is no valid text; "
-                "replace it with text.encode('utf-8', 'replace').decode()"
-            ) from error
-        yield text
-
-
-def _kind(value: Any) -> str:
-    return "None" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"

@@ -1,35 +1,27 @@
-"""`EchoEmbeddings`: the encoder as a LangChain embedding class. Knows nothing of the other frameworks."""
+"""The encoder as LangChain embedding classes, `EchoEmbeddings` and `LLM2VecGenEmbeddings`, and its LM as an LLM.
+
+This module knows nothing of the other frameworks.
+"""
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
-from echo_integrations.adapter import EncoderFields
+from echo_integrations.adapter import ECHO_MODES, TOKEN_SET_MODES, EncoderFields, share_lm
+from echo_integrations.config import InputError
+from echo_integrations.encoder import Encoder
 
 try:
     from langchain_core.embeddings import Embeddings
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError('LangChain is not installed: pip install "echo-integrations[langchain]"') from error
 
+if TYPE_CHECKING:
+    from langchain_huggingface import HuggingFacePipeline
 
-class EchoEmbeddings(EncoderFields, Embeddings):
-    """Echo embeddings for LangChain; takes the arguments of `EncoderSettings`, or ``encoder=`` a ready `Encoder`.
 
-    Sync and async (the async methods run in LangChain's executor threads, which is safe here).
-    For ``CacheBackedEmbeddings`` pass ``namespace=embeddings.fingerprint``, and for cached queries a *separate*
-    ``query_embedding_cache`` store, because queries and documents of the same text have different vectors; take a
-    new query store when ``query_instruction`` changes.
-
-    Raises:
-        pydantic.ValidationError: (a ValueError) an unknown or impossible argument.
-
-    Example:
-        >>> embeddings = EchoEmbeddings(model="echo-mini")
-        >>> len(embeddings.embed_query("how do I reset the pump?"))
-        256
-
-    Source: Springer et al., "Repetition Improves Language Model Embeddings", arXiv 2402.15449.
-    """
+class _Embeddings(EncoderFields, Embeddings):
+    """What both classes do."""
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """Embed texts that are searched.
@@ -59,3 +51,93 @@ class EchoEmbeddings(EncoderFields, Embeddings):
             InputError: not a string.
         """
         return cast("list[float]", self.encoder.encode_query([text])[0].tolist())
+
+
+class EchoEmbeddings(_Embeddings):
+    """Echo embeddings for LangChain; takes the arguments of `EncoderSettings`, or ``encoder=`` a ready `Encoder`.
+
+    Sync and async (the async methods run in LangChain's executor threads, which is safe here).
+    For ``CacheBackedEmbeddings`` pass ``namespace=embeddings.fingerprint``, and for cached queries a *separate*
+    ``query_embedding_cache`` store, because queries and documents of the same text have different vectors; take a
+    new query store when ``query_instruction`` changes.
+
+    Raises:
+        pydantic.ValidationError: (a ValueError) an unknown or impossible argument.
+
+    Example:
+        >>> embeddings = EchoEmbeddings(model="echo-mini")
+        >>> len(embeddings.embed_query("how do I reset the pump?"))
+        256
+
+    Source: Springer et al., "Repetition Improves Language Model Embeddings", arXiv 2402.15449.
+    """
+
+    modes = ECHO_MODES
+    class_of_other_modes = "LLM2VecGenEmbeddings"
+
+
+class LLM2VecGenEmbeddings(_Embeddings):
+    """LLM2Vec-Gen embeddings for LangChain: of what the model would answer to a text, not of the text.
+
+    Takes the arguments of `EncoderSettings`, or ``encoder=`` a ready `Encoder`: as the model a released checkpoint, or
+    a backbone and ``token_set=`` a token set of your own. Where no instructions are given, the token set's are used or
+    else the paper's, other ones for queries than for documents. Async methods and caches as for `EchoEmbeddings`.
+
+    Raises:
+        pydantic.ValidationError: (a ValueError) an unknown or impossible argument.
+        TokenSetError: a damaged token set.
+
+    Example:
+        >>> embeddings = LLM2VecGenEmbeddings(model="echo-mini", token_set="./tokens/legal")  # doctest: +SKIP
+        >>> vector = embeddings.embed_query("how do I reset the pump?")  # doctest: +SKIP
+
+    Source: BehnamGhader et al., "LLM2Vec-Gen: Generative Embeddings from Large Language Models", arXiv 2603.10913.
+    """
+
+    modes = TOKEN_SET_MODES
+    class_of_other_modes = "EchoEmbeddings"
+
+
+def shared_llm(encoder: Encoder, **pipeline_kwargs: Any) -> HuggingFacePipeline:
+    """A LangChain LLM over the *same* loaded weights as an encoder: one model embeds and answers.
+
+    It has a tokenizer of its own, because pipelines change padding. The weights stay in memory until the encoder is
+    unloaded *and* this is gone. Passes through the model are not held back for each other: where memory is tight, do
+    not embed while it answers.
+
+    Args:
+        encoder: of any mode; of an embedding class its ``encoder``.
+        **pipeline_kwargs: of transformers' text-generation pipeline, such as ``max_new_tokens``, ``do_sample`` or
+            ``batch_size``. Unlike there, ``return_full_text`` is False unless given: an answer leaves out its prompt.
+
+    Returns:
+        The LLM; ``langchain_huggingface.ChatHuggingFace(llm=...)`` makes a chat model of it.
+
+    Raises:
+        InputError: a token set with LoRA, or an argument that would load or move the model.
+        ModelLoadError: the checkpoint has no LM head, or cannot be loaded.
+
+    Example:
+        >>> llm = shared_llm(EchoEmbeddings(model="echo-mini").encoder, max_new_tokens=8)
+        >>> answer = llm.invoke("The pump is")
+    """
+    try:
+        from langchain_huggingface import HuggingFacePipeline
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'langchain-huggingface is not installed: pip install "echo-integrations[langchain-llm]"'
+        ) from error
+    from transformers import pipeline
+
+    fixed = {"model", "tokenizer", "task", "device", "device_map", "dtype", "torch_dtype", "model_kwargs", "config"}
+    if taken := sorted(fixed & pipeline_kwargs.keys()):
+        raise InputError(f"{', '.join(taken)} cannot be chosen here: the model is the encoder's, as the encoder has it")
+
+    def build(lm: Any, tokenizer: Any) -> HuggingFacePipeline:
+        device = None if hasattr(lm, "hf_device_map") else -1  # where it is
+        arguments = {"return_full_text": False, **pipeline_kwargs}
+        generator: Any = pipeline("text-generation", model=lm, tokenizer=tokenizer, device=device, **arguments)
+        batching = {"batch_size": pipeline_kwargs["batch_size"]} if "batch_size" in pipeline_kwargs else {}
+        return HuggingFacePipeline(pipeline=generator, pipeline_kwargs=pipeline_kwargs, **batching)
+
+    return share_lm(encoder, build)

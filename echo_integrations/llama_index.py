@@ -1,4 +1,7 @@
-"""`EchoEmbedding`: the encoder as a LlamaIndex embedding class. Knows nothing of the other frameworks."""
+"""The encoder as LlamaIndex embedding classes, `EchoEmbedding` and `LLM2VecGenEmbedding`, and its LM as an LLM.
+
+This module knows nothing of the other frameworks.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,23 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from pydantic import ConfigDict, Field, field_serializer, model_validator
 
-from echo_integrations.adapter import EncoderFields
+from echo_integrations.adapter import ECHO_MODES, TOKEN_SET_MODES, EncoderFields, share_lm
 from echo_integrations.config import EncoderSettings, InputError, Role
 from echo_integrations.encoder import Encoder
 
 try:
     from llama_index.core.base.embeddings.base import BaseEmbedding
+    from llama_index.core.base.llms.generic_utils import messages_to_prompt
     from llama_index.core.storage.kvstore.types import DEFAULT_COLLECTION, BaseKVStore
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError('LlamaIndex is not installed: pip install "echo-integrations[llama-index]"') from error
+
+if TYPE_CHECKING:
+    from llama_index.llms.huggingface import HuggingFaceLLM
 
 _COLLECTION = "embeddings"  # where LlamaIndex keeps every vector, keyed by nothing but the text
 _role: ContextVar[Role] = ContextVar("role", default=Role.DOCUMENT)
@@ -38,28 +45,8 @@ def _asking() -> Iterator[None]:
         _role.reset(token)
 
 
-class EchoEmbedding(EncoderFields, BaseEmbedding):
-    """Echo embeddings for LlamaIndex; takes the arguments of `EncoderSettings`, or ``encoder=`` a ready `Encoder`.
-
-    It also takes those of ``BaseEmbedding``. Each batch is one call of the encoder; the async methods run in threads,
-    so that the event loop stays free. Only arguments are dumped and pickled, never the model: each worker of an
-    ``IngestionPipeline`` loads its own (on a GPU use ``run``, because ``arun`` forks its workers on Linux). The token
-    is pickled, but is in no dump, repr or event.
-
-    One store may be the ``embeddings_cache`` of many models: it is wrapped in one that keeps vector spaces, queries
-    and documents apart, in collections named ``embeddings_<fingerprint>_<role>_<hash of the instruction>``.
-
-    Raises:
-        pydantic.ValidationError: (a ValueError) an unknown or impossible argument.
-        InputError: a setting is changed after construction.
-
-    Example:
-        >>> embed_model = EchoEmbedding(model="echo-mini")
-        >>> len(embed_model.get_query_embedding("how do I reset the pump?"))
-        256
-
-    Source: Springer et al., "Repetition Improves Language Model Embeddings", arXiv 2402.15449.
-    """
+class _Embedding(EncoderFields, BaseEmbedding):
+    """What both classes do."""
 
     model_config = ConfigDict(frozen=False)
 
@@ -70,7 +57,7 @@ class EchoEmbedding(EncoderFields, BaseEmbedding):
     @classmethod
     def class_name(cls) -> str:
         """The name in dumps and events."""
-        return "EchoEmbedding"
+        return cls.__name__
 
     @functools.wraps(BaseEmbedding.get_query_embedding, assigned=())  # marks it as traced: one span a call, not two
     def get_query_embedding(self, query: str) -> list[float]:
@@ -149,9 +136,104 @@ class EchoEmbedding(EncoderFields, BaseEmbedding):
             try:
                 pickle.dumps(arguments[name])
             except Exception as error:  # whatever the object's own __reduce__ raises
-                logging.getLogger(__name__).warning("%s is not pickled with EchoEmbedding: %s", name, error)
+                logging.getLogger(__name__).warning("%s is not pickled with %s: %s", name, type(self).__name__, error)
                 del arguments[name]
         return functools.partial(type(self), **arguments), ()
+
+
+class EchoEmbedding(_Embedding):
+    """Echo embeddings for LlamaIndex; takes the arguments of `EncoderSettings`, or ``encoder=`` a ready `Encoder`.
+
+    It also takes those of ``BaseEmbedding``. Each batch is one call of the encoder; the async methods run in threads,
+    so that the event loop stays free. Only arguments are dumped and pickled, never the model: each worker of an
+    ``IngestionPipeline`` loads its own (on a GPU use ``run``, because ``arun`` forks its workers on Linux). The token
+    is pickled, but is in no dump, repr or event.
+
+    One store may be the ``embeddings_cache`` of many models: it is wrapped in one that keeps vector spaces, queries
+    and documents apart, in collections named ``embeddings_<fingerprint>_<role>_<hash of the instruction>``.
+
+    Raises:
+        pydantic.ValidationError: (a ValueError) an unknown or impossible argument.
+        InputError: a setting is changed after construction.
+
+    Example:
+        >>> embed_model = EchoEmbedding(model="echo-mini")
+        >>> len(embed_model.get_query_embedding("how do I reset the pump?"))
+        256
+
+    Source: Springer et al., "Repetition Improves Language Model Embeddings", arXiv 2402.15449.
+    """
+
+    modes = ECHO_MODES
+    class_of_other_modes = "LLM2VecGenEmbedding"
+
+
+class LLM2VecGenEmbedding(_Embedding):
+    """LLM2Vec-Gen embeddings for LlamaIndex: of what the model would answer to a text, not of the text.
+
+    Takes the arguments of `EncoderSettings`, or ``encoder=`` a ready `Encoder`, and those of ``BaseEmbedding``: as the
+    model a released checkpoint, or a backbone and ``token_set=`` a token set of your own. Where no instructions are
+    given, the token set's are used or else the paper's, other ones for queries than for documents. Async methods,
+    pickling and ``embeddings_cache`` as for `EchoEmbedding`.
+
+    Raises:
+        pydantic.ValidationError: (a ValueError) an unknown or impossible argument.
+        TokenSetError: a damaged token set.
+        InputError: a setting is changed after construction.
+
+    Example:
+        >>> embed_model = LLM2VecGenEmbedding(model="echo-mini", token_set="./tokens/legal")  # doctest: +SKIP
+        >>> vector = embed_model.get_query_embedding("how do I reset the pump?")  # doctest: +SKIP
+
+    Source: BehnamGhader et al., "LLM2Vec-Gen: Generative Embeddings from Large Language Models", arXiv 2603.10913.
+    """
+
+    modes = TOKEN_SET_MODES
+    class_of_other_modes = "EchoEmbedding"
+
+
+def shared_llm(encoder: Encoder, **kwargs: Any) -> HuggingFaceLLM:
+    """A LlamaIndex LLM over the *same* loaded weights as an encoder: one model embeds and answers.
+
+    It has a tokenizer of its own. The weights stay in memory until the encoder is unloaded *and* this is gone. Passes
+    through the model are not held back for each other: where memory is tight, do not embed while it answers.
+
+    Args:
+        encoder: of any mode; of an embedding class its ``encoder``.
+        **kwargs: of ``HuggingFaceLLM``, such as ``max_new_tokens``, ``generate_kwargs`` or ``is_chat_model=True`` for
+            a model with a chat template. Unlike there, ``context_window`` is the model's own unless given.
+
+    Returns:
+        The LLM, for ``Settings.llm`` or a query engine.
+
+    Raises:
+        InputError: a token set with LoRA, or an argument that would load another model.
+        ModelLoadError: the checkpoint has no LM head, or cannot be loaded.
+
+    Example:
+        >>> llm = shared_llm(EchoEmbedding(model="echo-mini").encoder, max_new_tokens=8)
+        >>> answer = llm.complete("The pump is").text
+    """
+    try:
+        from llama_index.llms.huggingface import HuggingFaceLLM
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'llama-index-llms-huggingface is not installed: pip install "echo-integrations[llama-index-llm]"'
+        ) from error
+
+    fixed = {"model", "tokenizer", "model_name", "tokenizer_name", "device_map", "model_kwargs", "tokenizer_kwargs"}
+    if taken := sorted(fixed & kwargs.keys()):
+        raise InputError(f"{', '.join(taken)} cannot be chosen here: the model is the encoder's, as the encoder has it")
+
+    def build(lm: Any, tokenizer: Any) -> HuggingFaceLLM:
+        own: dict[str, Any] = {"model_name": lm.name_or_path, "tokenizer_name": lm.name_or_path}
+        if positions := getattr(lm.config, "max_position_embeddings", None):
+            own["context_window"] = positions
+        if tokenizer.chat_template is None:  # without one its own way of laying out messages fails
+            own["messages_to_prompt"] = messages_to_prompt
+        return HuggingFaceLLM(model=lm, tokenizer=tokenizer, **{**own, **kwargs})
+
+    return share_lm(encoder, build)
 
 
 def _listed(texts: Any) -> list[str]:
@@ -170,9 +252,9 @@ class _SeparatingStore(BaseKVStore):
 
     @functools.cached_property
     def _collections(self) -> dict[Role, str]:
-        """Computed late, because the fingerprint needs the model's files."""
-        instructions = {Role.QUERY: self._encoder.query_instruction, Role.DOCUMENT: self._encoder.document_instruction}
-        hashes = {role: hashlib.sha256((text or "").encode()).hexdigest()[:16] for role, text in instructions.items()}
+        """Computed late, because fingerprint and instructions need files."""
+        texts = {role: self._encoder.instruction(role) for role in Role}
+        hashes = {role: hashlib.sha256(text.encode()).hexdigest()[:16] for role, text in texts.items()}
         return {role: f"{_COLLECTION}_{self._encoder.fingerprint}_{role}_{hashes[role]}" for role in Role}
 
     def _name(self, collection: str) -> str:

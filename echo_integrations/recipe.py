@@ -1,6 +1,7 @@
-r"""Templates and recipes: from a text to token ids and the span that is pooled.
+r"""Recipes: from a text to token ids and the positions that are pooled.
 
-The template syntax is that of the echo paper's released code:
+A `TokenRecipe` puts trained tokens after a text (LLM2Vec-Gen), a `Recipe` fills a template. The template syntax is
+that of the echo paper's released code:
 
 * text outside braces is literal, and never pooled;
 * ``{...}`` is pooled, ``{!...}`` is not;
@@ -14,7 +15,8 @@ are its added tokens that are *not* special, such as Qwen3's ``<think>``.
 
 This module knows nothing of models and batches.
 
-Source: Springer et al., "Repetition Improves Language Model Embeddings", arXiv 2402.15449.
+Sources: Springer et al., "Repetition Improves Language Model Embeddings", arXiv 2402.15449; BehnamGhader et al.,
+"LLM2Vec-Gen: Generative Embeddings from Large Language Models", arXiv 2603.10913.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from echo_integrations.config import InputError, Mode, TemplateError
+from echo_integrations.config import InputError, Mode, Pooling, TemplateError
 
 PRESETS: dict[str, str] = {
     "zero-shot": "<bos>Rewrite the following paragraph: {!%%text%%}. The rewritten paragraph: {%%text%%}",
@@ -63,6 +65,10 @@ class Tokenizer(Protocol):
         """Spelling of the EOS token, or ``""``."""
 
     @property
+    def prefix(self) -> Ids:
+        """Token ids that the tokenizer itself puts in front of a text, such as BOS; often none."""
+
+    @property
     def anchor_id(self) -> int:
         """The token that stands where there would be none at all: BOS, else EOS."""
 
@@ -95,13 +101,20 @@ class Rendered:
 
     Attributes:
         ids: (T,) token ids.
-        spans: half-open ranges of positions that are pooled, in order; never empty.
+        spans: half-open ranges of positions whose hidden states are averaged, in order; never empty.
         length: tokens of the longest piece with the text in it *before* it was cut.
+        tail: trained vectors that follow the ids.
     """
 
     ids: Ids
     spans: tuple[tuple[int, int], ...]
     length: int
+    tail: int = 0
+
+    @property
+    def size(self) -> int:
+        """Positions that it takes."""
+        return len(self.ids) + self.tail
 
 
 @lru_cache(maxsize=256)
@@ -211,17 +224,32 @@ class Recipe:
         max_length: tokens kept of every piece with a variable in it.
         positions: positions that the backbone has, None for no bound; ``max_length`` is clamped so that every
             variable piece can reach it.
+        pooling: mean over all pooled positions, or the last of them.
+
+    Attributes:
+        max_length: after clamping.
+        bound: the same in words.
+        clamped: whether the backbone's positions made it smaller.
 
     Raises:
         TemplateError: a malformed template, or one whose literals alone fill all positions.
     """
 
-    def __init__(self, template: str, tokenizer: Tokenizer, max_length: int, positions: int | None = None) -> None:
+    def __init__(
+        self,
+        template: str,
+        tokenizer: Tokenizer,
+        max_length: int,
+        positions: int | None = None,
+        pooling: Pooling | str = Pooling.MEAN,
+    ) -> None:
         self.template = template
+        self._pooling = pooling
         self._tokenizer = tokenizer
         self._pieces = parse_template(template)
         self._literals = {p.parts[0]: tokenizer.literal(p.parts[0]) for p in self._pieces if not p.variables}
         self.max_length = max_length
+        self.bound = f"max_length={max_length}"
         if positions is not None:
             fixed = sum(len(self._literals[p.parts[0]]) for p in self._pieces if not p.variables)
             room = (positions - fixed) // sum(bool(p.variables) for p in self._pieces)
@@ -230,6 +258,9 @@ class Recipe:
                     f"template {template!r} has {fixed} tokens of its own, the backbone has {positions} positions"
                 )
             self.max_length = min(max_length, room)
+        self.clamped = self.max_length < max_length
+        if self.clamped:
+            self.bound = f"the {self.max_length} that the model allows"
 
     def render(self, texts: Sequence[str], instruction: str = "") -> list[Rendered]:
         """Lay out texts.
@@ -303,7 +334,73 @@ class Recipe:
                 ids.insert(0, np.array([self._tokenizer.anchor_id], dtype=np.int32))
                 before = 1
             spans.append((before - 1, before))
+        if self._pooling == Pooling.LAST:
+            spans = [(spans[-1][1] - 1, spans[-1][1])]
         return Rendered(np.concatenate(ids), tuple(spans), length)
+
+
+class TokenRecipe:
+    """A text, and trained tokens after it, of which the last are read; immutable, hence safe to share.
+
+    The tokenizer's own prefix (BOS), the instruction and the text are tokenised as one and cut to what
+    ``max_length`` leaves beside the trained tokens, which always survive.
+
+    Args:
+        tokenizer: the backbone's.
+        tokens: trained tokens, thought and compression.
+        compression: how many of them are read, the last ones.
+        max_length: positions for everything together.
+        positions: positions that the backbone has, None for no bound; ``max_length`` is clamped to them.
+
+    Attributes:
+        max_length: tokens of prefix, instruction and text that are kept.
+        bound: the same in words.
+        clamped: whether the backbone's positions made it smaller.
+
+    Raises:
+        InputError: no position is left for a text.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, tokens: int, compression: int, max_length: int, positions: int | None = None
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._tokens = tokens
+        self._compression = compression
+        limit = max_length if positions is None else min(max_length, positions)
+        self.max_length = limit - tokens
+        self.clamped = limit < max_length
+        limited = f"the {limit} positions of the model" if self.clamped else f"max_length={limit}"
+        self.bound = f"the {self.max_length} that {limited} leave beside {tokens} trained tokens"
+        if self.max_length < 1 + len(tokenizer.prefix):
+            raise InputError(
+                f"{limited} leave no room for a text beside {tokens} trained tokens"
+                + (f" and {len(tokenizer.prefix)} of the tokenizer" if len(tokenizer.prefix) else "")
+                + f": give at least {tokens + len(tokenizer.prefix) + 1}"
+            )
+
+    def render(self, texts: Sequence[str], instruction: str = "") -> list[Rendered]:
+        """Lay out texts.
+
+        Args:
+            texts: any strings without lone surrogates.
+            instruction: stands before each text, joined to it by one space; ``""`` for none.
+
+        Returns:
+            One `Rendered` a text, in order.
+        """
+        ahead = f"{instruction.rstrip()} " if instruction.strip() else ""
+        plain = self._tokenizer.plain([ahead + text for text in texts])
+        rows = [np.concatenate([self._tokenizer.prefix, ids]) for ids in plain]
+        return [self._lay_out(ids[: self.max_length], len(ids)) for ids in rows]
+
+    def instruction_length(self, instruction: str) -> int:
+        """Tokens of the instruction with the prefix, before anything is cut."""
+        return len(self._tokenizer.prefix) + len(self._tokenizer.plain([instruction])[0])
+
+    def _lay_out(self, ids: Ids, length: int) -> Rendered:
+        end = len(ids) + self._tokens
+        return Rendered(ids, ((end - self._compression, end),), length, self._tokens)
 
 
 def _substitute(parts: tuple[str, ...], text: str, instruction: str) -> str:

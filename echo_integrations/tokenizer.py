@@ -38,6 +38,8 @@ class TextTokenizer:
         self._lock = threading.Lock()
         self.bos: str = hf.bos_token or ""
         self.eos: str = hf.eos_token or ""
+        self.eos_id: int | None = hf.eos_token_id
+        self.prefix: Ids = _prefix(hf)
         anchors = (hf.bos_token_id, hf.eos_token_id, hf.pad_token_id, 0)
         self.anchor_id: int = next(i for i in anchors if i is not None)
         specials = sorted(hf.all_special_tokens, key=len, reverse=True)
@@ -80,6 +82,16 @@ class TextTokenizer:
             return [_array(e.ids) for e in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
         return [self._slow(text, split_special_tokens=True) for text in texts]
 
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids."""
+        with self._lock:
+            return str(self._hf.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's spelling, added ones included, and its id."""
+        with self._lock:
+            return dict(self._hf.get_vocab())
+
     def split_special(self, text: str) -> list[tuple[str, bool]]:
         """Template text cut at its special tokens: (piece, whether it is one)."""
         pieces: list[tuple[str, bool]] = []
@@ -94,6 +106,14 @@ class TextTokenizer:
         with self._lock:
             encoded = self._hf(text, add_special_tokens=False, split_special_tokens=split_special_tokens)
         return _array(encoded["input_ids"])
+
+
+def _prefix(hf: Any) -> Ids:
+    """What a tokenizer puts in front of a text by itself: usually BOS or nothing."""
+    bare = hf("a", add_special_tokens=False)["input_ids"]
+    full = hf("a")["input_ids"]
+    start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+    return _array(full[:start])
 
 
 def _array(ids: Sequence[int]) -> Ids:

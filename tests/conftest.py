@@ -8,8 +8,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # the suite needs no model hub; read when hu
 import pytest
 
 from echo_integrations.backbone import Backbone, BackboneSpec, registry
-from echo_integrations.checkpoint import Checkpoint
 from echo_integrations.encoder import Encoder
+from echo_integrations.resolve import resolve
 from tests import tiny
 
 DATA = Path(__file__).parent / "data"
@@ -17,7 +17,7 @@ DATA = Path(__file__).parent / "data"
 
 def backbone_of(encoder: Encoder) -> Backbone:
     """The loaded model behind an encoder."""
-    return registry.acquire(BackboneSpec.of(encoder, Checkpoint.find(encoder)), encoder)
+    return registry.acquire(BackboneSpec.of(encoder, *resolve(encoder)), encoder)
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +36,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return built[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def mini_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random token set of the built-in model; never to be changed."""
+    return tiny.token_set("echo-mini", tmp_path_factory.mktemp("tokens") / "mini")
 
 
 @pytest.fixture

@@ -35,12 +35,13 @@ def hub_cache(model: Path, cache: Path, repo: str) -> Path:
     (root / "blobs").mkdir()
     (root / "refs").mkdir()
     (root / "refs" / "main").write_text(snapshot.name)
-    for file in model.iterdir():
+    for file in (path for path in model.rglob("*") if path.is_file()):
         name = hashlib.sha256(file.read_bytes()).hexdigest()
         if file.suffix != ".safetensors":
             name = name[:40]  # small files are named by their git hash
         shutil.copy(file, root / "blobs" / name)
-        (snapshot / file.name).symlink_to(root / "blobs" / name)
+        (snapshot / file.relative_to(model)).parent.mkdir(exist_ok=True)
+        (snapshot / file.relative_to(model)).symlink_to(root / "blobs" / name)
     return snapshot
 
 

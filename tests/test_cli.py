@@ -554,3 +554,66 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--version"])
     assert caught.value.code == 0
     assert capsys.readouterr().out.strip().count(".") == 2
+
+
+# --- reading embeddings
+
+
+@pytest.fixture(scope="module")
+def gen(mini_tokens: Path) -> Encoder:
+    return Encoder(dtype="float32", mode="llm2vec-gen", token_set=mini_tokens)
+
+
+def test_decode_prints_a_table(gen: Encoder, mini_tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["decode", "reset the pump?", "rain", "--max-new-tokens", "6", "--token-set", str(mini_tokens)]
+    assert main([*arguments, *FLOAT32]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    expected = gen.decode(["reset the pump?", "rain"], role="query", max_new_tokens=6)
+    assert lines[0].split() == ["text", "decoded"] and set(lines[1]) == {"-", " "}
+    for line, text, answer in zip(lines[2:], ["reset the pump?", "rain"], expected, strict=True):
+        assert line.startswith(text) and line.endswith(" ".join(answer.split()))
+
+
+def test_decode_as_json_of_documents_from_standard_input(
+    gen: Encoder, mini_tokens: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("rain\nsnow\n"))
+    arguments = ["decode", "-", "--json", "--role", "document", "--instruction", "", "--max-new-tokens", "6"]
+    assert main([*arguments, "--token-set", str(mini_tokens), *FLOAT32]) == 0
+    expected = gen.decode(["rain", "snow"], instruction="", max_new_tokens=6)
+    rows = json.loads(capsys.readouterr().out)
+    assert rows == [{"text": t, "decoded": a} for t, a in zip(["rain", "snow"], expected, strict=True)]
+
+
+def test_explain_prints_the_lens(gen: Encoder, mini_tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["explain", "rain", "--top-k", "2", "--token-set", str(mini_tokens), *FLOAT32]
+    lens = gen.explain(["rain"], role="query", top_k=2)[0]
+    assert main(arguments) == 0
+    title, head, _, *rows = capsys.readouterr().out.splitlines()
+    assert title == "rain" and head.split() == ["token", "1", "2"] and len(rows) == 2
+    for row, tokens in zip(rows, lens, strict=True):
+        for token, probability in tokens:
+            assert " ".join(f"{token!r} {probability:.0%}".split()) in row
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)[0]
+    assert found["text"] == "rain" and found["tokens"][1][0]["token"] == lens[1][0].token
+
+
+def test_what_cannot_be_read_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["decode", "rain", "--mode", "echo"]) == 1
+    assert "decode needs mode='llm2vec-gen', the mode is 'echo'" in capsys.readouterr().err
+    assert main(["explain", "rain", "--token-set", "./nowhere"]) == 1
+    assert "there is no folder './nowhere'" in capsys.readouterr().err
+
+
+def test_encode_and_info_know_token_sets(
+    gen: Encoder, mini_tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["--mode", "llm2vec-gen", "--token-set", str(mini_tokens)]
+    source = write(tmp_path / "in.txt", ["rain", "snow"])
+    assert encode(source, tmp_path / "out.npy", *settings) == 0
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), gen.encode(["rain", "snow"]), atol=2e-6)
+    assert main(["info", "--json", *settings]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["fingerprint"], facts["dimension"], facts["model"]) == (gen.fingerprint, 24, "echo-mini")
+    assert facts["document_instruction"] == "Summarize the following passage:" and "pooling" not in facts

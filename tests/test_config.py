@@ -21,6 +21,8 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "attn_implementation": None,
         "adapter": None,
         "mode": "echo",
+        "token_set": None,
+        "token_set_revision": None,
         "query_template": None,
         "document_template": None,
         "query_instruction": None,

@@ -8,10 +8,14 @@ import pytest
 
 import echo_integrations
 
-ROOMS = sorted(path.stem for path in Path(echo_integrations.__file__).parent.glob("*.py") if path.stem != "__main__")
+PACKAGE = Path(echo_integrations.__file__).parent
+ROOMS = sorted(
+    ".".join(("echo_integrations", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+    for path in PACKAGE.rglob("*.py")
+    if path.stem != "__main__"
+)
 
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_docstring_examples(room: str) -> None:
-    module = echo_integrations if room == "__init__" else import_module(f"echo_integrations.{room}")
-    assert doctest.testmod(module).failed == 0
+    assert doctest.testmod(import_module(room)).failed == 0

@@ -20,8 +20,10 @@ from pydantic import ValidationError
 
 from echo_integrations import checkpoint as checkpoint_module
 from echo_integrations.backbone import registry
-from echo_integrations.config import EncodingError, InputError, Mode, TruncationError, TruncationWarning
+from echo_integrations.config import EncodingError, InputError, Mode, Role, TruncationError, TruncationWarning
 from echo_integrations.encoder import Encoder
+from echo_integrations.resolve import resolve
+from tests import tiny
 from tests.conftest import backbone_of
 
 Mini = Callable[..., Encoder]
@@ -85,11 +87,12 @@ def test_numpy_arrays_tuples_and_generators_are_lists_too(mini: Mini) -> None:
 @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(order=st.permutations(range(60)), budget=st.integers(1, 3000), data=st.data(), mode=st.sampled_from(list(Mode)))
 def test_batch_neighbours_and_order_do_not_matter(
-    mini: Mini, order: list[int], budget: int, data: st.DataObject, mode: Mode
+    mini: Mini, mini_tokens: Path, order: list[int], budget: int, data: st.DataObject, mode: Mode
 ) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, 60), max_size=4)))
-    expected = mini(mode=mode).encode(TEXTS)
-    encoder = mini(mode=mode, token_budget=budget)
+    settings = {"mode": mode, **({"token_set": mini_tokens} if mode is Mode.LLM2VEC_GEN else {})}
+    expected = mini(**settings).encode(TEXTS)
+    encoder = mini(**settings, token_budget=budget)
     texts = [TEXTS[i] for i in order]
     parts = [encoder.encode(texts[a:b]) for a, b in zip([0, *cuts], [*cuts, 60], strict=True)]
     assert np.abs(np.concatenate(parts) - expected[order]).max() <= 1e-5 * np.abs(expected).max()
@@ -139,7 +142,7 @@ def test_identical_texts_go_through_the_model_once(mini: Mini) -> None:
 
 def test_many_slices_come_back_in_order(mini: Mini, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = mini(mode="classical").encode(TEXTS)
-    monkeypatch.setattr("echo_integrations.encoder._SLICE_TEXTS", 7)
+    monkeypatch.setattr("echo_integrations.texts._SLICE_TEXTS", 7)
     monkeypatch.setattr("echo_integrations.encoder._WINDOW", 25)
     np.testing.assert_allclose(mini(mode="classical").encode(TEXTS), expected, atol=2e-6)
 
@@ -180,8 +183,8 @@ def test_encode_iter_numbers_items_from_the_streams_start(mini: Mini) -> None:
 @pytest.mark.parametrize("spelling", ["<|im_end|>", "<|endoftext|>", "%%text%%", "{", "}", "!", "{!%%text%%}", "</s>"])
 def test_a_spelling_changes_only_its_own_texts_tokens(mini: Mini, spelling: str) -> None:
     encoder = mini()
-    tokenizer = encoder._checkpoint().tokenizer
-    recipe = encoder._recipe("document")  # type: ignore[arg-type]
+    tokenizer = resolve(encoder)[0].tokenizer
+    recipe = encoder._recipe("document", *resolve(encoder))  # type: ignore[arg-type]
     text = f"a{spelling}b"
     plain = tokenizer.plain([text])[0].tolist()
     ids = recipe.render([text])[0].ids.tolist()
@@ -561,3 +564,90 @@ def test_the_progress_bar_is_the_users_choice(mini: Mini, capfd: pytest.CaptureF
 
 def _model(encoder: Encoder) -> Any:
     return backbone_of(encoder).model
+
+
+# --- LLM2Vec-Gen
+
+
+@pytest.fixture
+def gen(mini: Mini, mini_tokens: Path) -> Mini:
+    """The built-in model with a random token set of 5 tokens and 24 components."""
+    return lambda **settings: mini(**{"mode": "llm2vec-gen", "token_set": mini_tokens, **settings})
+
+
+def test_the_papers_instructions_unless_told_otherwise(gen: Mini) -> None:
+    encoder, none = gen(), gen(query_instruction="", document_instruction="")
+    query = "Generate a passage that best answers this question: rain"
+    np.testing.assert_array_equal(encoder.encode_query("rain"), none.encode_query(query))
+    np.testing.assert_array_equal(encoder.encode("rain"), none.encode("Summarize the following passage: rain"))
+    np.testing.assert_array_equal(none.encode_query("rain"), none.encode("rain"))
+    assert np.abs(encoder.encode_query("rain") - encoder.encode("rain")).max() > 1e-3
+    np.testing.assert_array_equal(encoder.encode_query("rain", instruction="Say:  "), none.encode("Say: rain"))
+    np.testing.assert_array_equal(encoder.encode_query("rain", instruction=""), none.encode("rain"))
+    assert (encoder.instruction("query"), none.instruction("query")) == (query.removesuffix(" rain"), "")
+
+
+def test_a_token_sets_own_instructions_come_before_the_papers(gen: Mini, tmp_path: Path) -> None:
+    own = tiny.token_set("echo-mini", tmp_path / "own", instructions={"query": "Find the law:"})
+    encoder = gen(token_set=own)
+    assert encoder.instruction("query") == "Find the law:"
+    assert encoder.instruction("document") == "Summarize the following passage:"
+    assert gen(token_set=own, query_instruction="Ask:").instruction("query") == "Ask:"
+
+
+@pytest.mark.parametrize("spelling", ["<compress_0>", "<thought_1>", "<question1>", "<|im_end|>", "%%text%%"])
+def test_a_text_that_spells_a_token_is_plain_text(gen: Mini, spelling: str) -> None:
+    encoder = gen(document_instruction="")
+    checkpoint, token_set = resolve(encoder)
+    rendered = encoder._recipe(Role.DOCUMENT, checkpoint, token_set).render([f"a {spelling}"])[0]
+    assert rendered.ids.tolist() == checkpoint.tokenizer.plain([f"a {spelling}"])[0].tolist()
+    assert not {0, 1, 2, 3} & set(rendered.ids.tolist()) and rendered.tail == 5
+    assert np.abs(encoder.encode(f"a {spelling}") - encoder.encode("a")).max() > 1e-3
+
+
+def test_truncation_keeps_every_trained_token(gen: Mini) -> None:
+    cut = gen(max_length=9, document_instruction="", on_truncate="truncate")
+    np.testing.assert_allclose(cut.encode("a b c d e f g h"), cut.encode("a b c d"), atol=1e-6)
+    with pytest.raises(
+        TruncationError, match=r"texts\[1\] has 8 tokens, more than the 4 that max_length=9 leave beside 5 trained"
+    ):
+        gen(max_length=9, document_instruction="", on_truncate="error").encode(["a", "a b c d e f g h"])
+    with pytest.raises(TruncationError, match="the instruction has"):
+        gen(max_length=9, on_truncate="error").encode("a")
+
+
+def test_odd_texts_have_vectors_in_every_mode(gen: Mini) -> None:
+    encoder = gen(document_instruction="", on_truncate="truncate")
+    texts = ["", " ", "\x00", "🙂" * 1000, "�", "\u202e"]
+    vectors = encoder.encode(texts)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(vectors[0], encoder.encode(""), atol=1e-6)
+
+
+def test_dimension_truncation_and_pickling(gen: Mini, mini_tokens: Path) -> None:
+    encoder = gen(truncate_dim=8)
+    raw = gen(normalize_embeddings=False).encode(["rain"])
+    assert (gen().dimension, encoder.dimension) == (24, 8)
+    np.testing.assert_allclose(encoder.encode(["rain"]), raw[:, :8] / np.linalg.norm(raw[:, :8]), atol=1e-6)
+    with pytest.raises(InputError, match="truncate_dim=25 is more than the 24"):
+        gen(truncate_dim=25).encode("a")
+    again = pickle.loads(pickle.dumps(encoder))
+    assert again.token_set == str(mini_tokens)
+    np.testing.assert_array_equal(again.encode(["rain"]), encoder.encode(["rain"]))
+
+
+def test_the_fingerprint_follows_tokens_and_instructions(gen: Mini, tmp_path: Path, mini_tokens: Path) -> None:
+    copied = shutil.copytree(mini_tokens, tmp_path / "copied")
+    assert gen().fingerprint == gen(token_set=copied).fingerprint == gen(dtype="bfloat16").fingerprint
+    other = tiny.token_set("echo-mini", tmp_path / "other", seed=1)
+    changes: list[dict[str, Any]] = [
+        {"token_set": other},
+        {"document_instruction": "Sum up:"},
+        {"query_instruction": ""},
+        {"max_length": 99},
+        {"normalize_embeddings": False},
+        {"truncate_dim": 8},
+    ]
+    assert len({gen(**change).fingerprint for change in [{}, *changes]}) == len(changes) + 1
+    same = {"document_instruction": gen().instruction("document"), "query_instruction": "Reworded:"}
+    assert gen(**same).fingerprint == gen().fingerprint

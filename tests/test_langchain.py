@@ -1,4 +1,6 @@
 import pickle
+import uuid
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,11 @@ from pydantic import ValidationError
 
 from echo_integrations.backbone import registry
 from echo_integrations.encoder import Encoder
-from echo_integrations.langchain import EchoEmbeddings
+from echo_integrations.langchain import EchoEmbeddings, LLM2VecGenEmbeddings
+from tests.kinds import Kind
 
 
-class TestStandardUnit(EmbeddingsUnitTests):
+class TestEchoUnit(EmbeddingsUnitTests):
     @property
     def embeddings_class(self) -> type[Embeddings]:
         return EchoEmbeddings
@@ -26,7 +29,7 @@ class TestStandardUnit(EmbeddingsUnitTests):
         return {"model": "echo-mini"}
 
 
-class TestStandardIntegration(EmbeddingsIntegrationTests):
+class TestEchoIntegration(EmbeddingsIntegrationTests):
     @property
     def embeddings_class(self) -> type[Embeddings]:
         return EchoEmbeddings
@@ -34,18 +37,47 @@ class TestStandardIntegration(EmbeddingsIntegrationTests):
     @property
     def embedding_model_params(self) -> dict[str, Any]:
         return {"model": "echo-mini"}
+
+
+class WithTokens:
+    """The standard tests ask for parameters where no fixture is at hand."""
+
+    @pytest.fixture(autouse=True)
+    def _take_tokens(self, mini_tokens: Path) -> None:
+        self.tokens = mini_tokens
+
+    @property
+    def embeddings_class(self) -> type[Embeddings]:
+        return LLM2VecGenEmbeddings
+
+    @property
+    def embedding_model_params(self) -> dict[str, Any]:
+        return {"model": "echo-mini", "token_set": self.tokens}
+
+
+class TestTokensUnit(WithTokens, EmbeddingsUnitTests):
+    pass
+
+
+class TestTokensIntegration(WithTokens, EmbeddingsIntegrationTests):
+    pass
 
 
 TEXTS = ["the pump stopped", "a valve leaked", "rain"]
 
 
+@pytest.fixture(params=[EchoEmbeddings, LLM2VecGenEmbeddings], ids=["echo", "tokens"])
+def kind(request: pytest.FixtureRequest, mini_tokens: Path) -> Kind:
+    return Kind.of(request.param, mini_tokens)
+
+
 @pytest.fixture
-def embeddings() -> EchoEmbeddings:
-    return EchoEmbeddings(dtype="float32", query_template="classical")
+def embeddings(kind: Kind) -> Any:
+    return kind.make()
 
 
-def test_vectors_are_the_encoders(embeddings: EchoEmbeddings) -> None:
-    encoder = Encoder(dtype="float32", query_template="classical")
+def test_vectors_are_the_encoders(kind: Kind, embeddings: Any) -> None:
+    encoder = kind.encoder()
     documents = embeddings.embed_documents(TEXTS)
     np.testing.assert_array_equal(documents, encoder.encode_document(TEXTS))
     query = embeddings.embed_query("rain")
@@ -54,45 +86,77 @@ def test_vectors_are_the_encoders(embeddings: EchoEmbeddings) -> None:
     assert type(documents) is list and type(documents[0]) is list and type(documents[0][0]) is float
 
 
-async def test_async_gives_the_same(embeddings: EchoEmbeddings) -> None:
+async def test_async_gives_the_same(embeddings: Any) -> None:
     assert await embeddings.aembed_documents(TEXTS) == embeddings.embed_documents(TEXTS)
     assert await embeddings.aembed_query("rain") == embeddings.embed_query("rain")
 
 
-def test_empty_and_single(embeddings: EchoEmbeddings) -> None:
+def test_empty_and_single(embeddings: Any) -> None:
     assert embeddings.embed_documents([]) == []
     assert embeddings.embed_documents("rain") == [embeddings.embed_documents(["rain"])[0]]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("bad", [None, 3, b"x", ["a"]])
-def test_a_query_that_is_no_text_is_refused(embeddings: EchoEmbeddings, bad: Any) -> None:
+def test_a_query_that_is_no_text_is_refused(embeddings: Any, bad: Any) -> None:
     with pytest.raises(ValueError, match=r"texts\[0\] is"):
         embeddings.embed_query(bad)
 
 
-def test_a_document_that_is_no_text_is_refused(embeddings: EchoEmbeddings) -> None:
+def test_a_document_that_is_no_text_is_refused(embeddings: Any) -> None:
     with pytest.raises(ValueError, match=r"texts\[1\] is None"):
         embeddings.embed_documents(["a", None])  # type: ignore[list-item]
 
 
-def test_newlines_are_kept(embeddings: EchoEmbeddings) -> None:
+def test_newlines_are_kept(embeddings: Any) -> None:
     assert embeddings.embed_query("a\nb") != embeddings.embed_query("a b")
 
 
-def test_a_ready_encoder_is_truly_used(nothing_loaded: None) -> None:
-    encoder = Encoder(dtype="float32", mode="classical")
+def test_a_ready_encoder_is_truly_used(kind: Kind, nothing_loaded: None) -> None:
+    encoder = kind.encoder(max_length=64)
     expected = encoder.encode(["rain"])
-    embeddings = EchoEmbeddings(encoder=encoder)
+    embeddings = kind.cls(encoder=encoder)
     assert embeddings.encoder is encoder
-    assert (embeddings.mode, embeddings.dtype) == ("classical", "float32")  # its settings are this object's
+    assert (embeddings.mode, embeddings.max_length) == (kind.mode, 64)  # its settings are this object's
     np.testing.assert_array_equal(embeddings.embed_documents(["rain"]), expected)
     assert len(registry.loaded()) == 1
 
 
 @pytest.mark.parametrize("own", [{"mode": "echo"}, {"model": "echo-mini"}, {"model_name": "x"}, {"token_budget": 5}])
-def test_an_encoder_with_settings_beside_it_is_refused(own: dict[str, Any]) -> None:
+def test_an_encoder_with_settings_beside_it_is_refused(kind: Kind, own: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=f"encoder= was given together with {next(iter(own))}"):
-        EchoEmbeddings(encoder=Encoder(), **own)
+        kind.cls(encoder=kind.encoder(), **own)
+
+
+def test_modes(kind: Kind) -> None:
+    assert kind.make().mode == kind.mode
+    own = {"echo": ["echo", "classical"], "llm2vec-gen": ["llm2vec-gen"]}[kind.mode]
+    right = {"echo": "LLM2VecGenEmbeddings", "llm2vec-gen": "EchoEmbeddings"}[kind.mode]
+    for mode in ("echo", "classical", "llm2vec-gen"):
+        if mode in own:
+            assert kind.make(mode=mode).encoder.mode == mode
+            continue
+        message = f"{kind.name} is for mode '{own[0]}'.*, not '{mode}': use {right}"
+        with pytest.raises(ValidationError, match=message):
+            kind.cls(mode=mode)
+        with pytest.raises(ValidationError, match=message):
+            kind.cls(encoder=Encoder(mode=mode))
+    with pytest.raises(ValidationError, match="'twice' is not one of"):
+        kind.cls(mode="twice")
+
+
+def test_a_token_set_names_its_class(mini_tokens: Path) -> None:
+    with pytest.raises(ValidationError, match="not 'llm2vec-gen': use LLM2VecGenEmbeddings"):
+        EchoEmbeddings(token_set=str(mini_tokens))
+    with pytest.raises(ValidationError, match="query_template cannot be chosen in mode 'llm2vec-gen'"):
+        LLM2VecGenEmbeddings(token_set=mini_tokens, query_template="classical")
+
+
+def test_a_token_set_brings_its_backbone_or_is_given_one(mini_tokens: Path) -> None:
+    vectors = [
+        LLM2VecGenEmbeddings(dtype="float32", **names).embed_query("rain")
+        for names in ({"token_set": mini_tokens}, {"model": "echo-mini", "token_set": str(mini_tokens)})
+    ]
+    assert vectors[0] == vectors[1] and len(vectors[0]) == 24
 
 
 def test_a_bad_template_is_refused_at_once_and_briefly() -> None:
@@ -101,49 +165,89 @@ def test_a_bad_template_is_refused_at_once_and_briefly() -> None:
     assert str(caught.value).count("validation error") == 1
 
 
-def test_unknown_and_frozen(embeddings: EchoEmbeddings) -> None:
+def test_unknown_and_frozen(kind: Kind, embeddings: Any) -> None:
     with pytest.raises(ValidationError, match="modle"):
-        EchoEmbeddings(modle="x")  # type: ignore[call-arg]
+        kind.cls(modle="x")
     with pytest.raises(ValidationError, match="encoder is a str, not an Encoder: for a model's name pass model="):
-        EchoEmbeddings(encoder="echo-mini")  # type: ignore[arg-type]
+        kind.cls(encoder="echo-mini")
     with pytest.raises(ValidationError, match="frozen"):
         embeddings.max_length = 5
 
 
-def test_replace_and_pickle(embeddings: EchoEmbeddings) -> None:
+def test_replace_and_pickle(kind: Kind, embeddings: Any) -> None:
     assert pickle.loads(pickle.dumps(embeddings)).embed_query("rain") == embeddings.embed_query("rain")
-    other = embeddings.replace(query_template=None)
+    other = embeddings.replace(query_instruction="Find it:")
     assert other.embed_query("rain") != embeddings.embed_query("rain")
-    assert EchoEmbeddings(encoder=Encoder(mode="classical")).replace(mode="echo").mode == "echo"
-    copy = embeddings.model_copy(update={"query_template": None})
+    assert kind.cls(encoder=kind.encoder()).replace(truncate_dim=8).dimension == 8
+    copy = embeddings.model_copy(update={"query_instruction": "Find it:"})
     assert copy.embed_query("rain") == other.embed_query("rain")  # the encoder behind follows
 
 
-def test_fingerprint_dimension_unload(embeddings: EchoEmbeddings, nothing_loaded: None) -> None:
-    assert (embeddings.fingerprint, embeddings.dimension) == (
-        Encoder(query_template="classical").fingerprint,
-        256,
+@pytest.mark.parametrize("ready", [False, True])
+def test_with_instruction(kind: Kind, ready: bool, nothing_loaded: None) -> None:
+    template = {"document_template": "{!%%prompt%% }{%%text%%}"} if kind.mode == "echo" else {}
+    settings = {**template, "query_instruction": "Find it:", "document_instruction": "Keep it:"}
+    embeddings = kind.cls(encoder=kind.encoder(**settings)) if ready else kind.make(**settings)
+    expected = {
+        (query, document): kind.encoder(**{**settings, "query_instruction": query, "document_instruction": document})
+        for query, document in (("Say it:", "Keep it:"), ("Find it:", ""), ("", "Sum it up:"))
+    }
+    for query, document, key in (
+        ("Say it:", None, ("Say it:", "Keep it:")),
+        (None, "", ("Find it:", "")),
+        ("", "Sum it up:", ("", "Sum it up:")),
+    ):
+        other = embeddings.with_instruction(query, document=document)
+        assert type(other) is kind.cls
+        np.testing.assert_array_equal(other.embed_query("rain"), expected[key].encode_query("rain"))
+        np.testing.assert_array_equal(other.embed_documents(["rain"]), expected[key].encode_document(["rain"]))
+    assert embeddings.with_instruction().settings() == embeddings.settings()
+    assert embeddings.query_instruction == "Find it:"  # the original is as it was
+    assert len(registry.loaded()) == 1
+
+
+def test_no_instruction_without_a_place_for_it() -> None:
+    with pytest.raises(ValidationError, match="has no place for it"):
+        EchoEmbeddings().with_instruction("Find it:")
+    assert EchoEmbeddings().with_instruction("").query_instruction == ""
+
+
+def test_instructions_are_the_papers_unless_given(mini_tokens: Path) -> None:
+    embeddings = LLM2VecGenEmbeddings(dtype="float32", token_set=mini_tokens)
+    given = embeddings.with_instruction(
+        "Generate a passage that best answers this question:", document="Summarize the following passage:"
     )
+    assert given.embed_query("rain") == embeddings.embed_query("rain")
+    assert given.embed_documents(["rain"]) == embeddings.embed_documents(["rain"])
+    bare = embeddings.with_instruction("", document="")
+    assert bare.embed_query("Summarize the following passage: rain") == embeddings.embed_documents(["rain"])[0]
+    assert bare.embed_query("rain") == bare.embed_documents(["rain"])[0] != embeddings.embed_query("rain")
+
+
+def test_fingerprint_dimension_unload(kind: Kind, embeddings: Any, nothing_loaded: None) -> None:
+    dimension = {"echo": 256, "llm2vec-gen": 24}[kind.mode]
+    assert (embeddings.fingerprint, embeddings.dimension) == (kind.encoder().fingerprint, dimension)
     embeddings.embed_query("rain")
     embeddings.unload()
     assert registry.loaded() == []
 
 
-def test_cache_backed_embeddings_keep_spaces_apart() -> None:
+def test_cache_backed_embeddings_keep_spaces_apart(mini_tokens: Path) -> None:
     store = InMemoryByteStore()
     vectors = []
-    for mode in ("echo", "classical"):
-        embeddings = EchoEmbeddings(mode=mode)
+    tokens = LLM2VecGenEmbeddings(token_set=mini_tokens)
+    for embeddings in (EchoEmbeddings(), EchoEmbeddings(mode="classical"), tokens, tokens.replace(truncate_dim=8)):
         cached = CacheBackedEmbeddings.from_bytes_store(
             embeddings, store, namespace=embeddings.fingerprint, key_encoder="sha256"
         )
         vectors.append(cached.embed_documents(["rain"]))
+    assert [len(vector[0]) for vector in vectors] == [256, 256, 24, 8]
     assert vectors[0] != vectors[1]
 
 
-def test_a_chroma_store_finds_what_is_nearest(embeddings: EchoEmbeddings) -> None:
+def test_a_chroma_store_finds_what_is_nearest(embeddings: Any) -> None:
     store = Chroma.from_texts(
-        TEXTS, embeddings, collection_name="nearest", collection_configuration={"hnsw": {"space": "cosine"}}
+        TEXTS, embeddings, collection_name=uuid.uuid4().hex, collection_configuration={"hnsw": {"space": "cosine"}}
     )
     found = store.similarity_search_with_score("the pump stopped working", k=3)
     vectors = np.array(embeddings.embed_documents(TEXTS)) @ np.array(embeddings.embed_query("the pump stopped working"))

@@ -6,14 +6,17 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from echo_integrations.config import InputError, Mode, TemplateError
-from echo_integrations.recipe import PRESETS, Ids, Piece, Recipe, parse_template, resolve_template
+from echo_integrations.config import InputError, Mode, Pooling, TemplateError
+from echo_integrations.recipe import PRESETS, Ids, Piece, Recipe, TokenRecipe, parse_template, resolve_template
 
 
 class Characters:
     """A tokenizer whose ids are code points; ``<s>`` and ``</s>`` are special tokens 1 and 2."""
 
     bos, eos, anchor_id = "<s>", "</s>", 1
+
+    def __init__(self, prefix: Sequence[int] = ()) -> None:
+        self.prefix = np.array(prefix, dtype=np.int32)
 
     def split_special(self, text: str) -> list[tuple[str, bool]]:
         return [(piece, piece in ("<s>", "</s>")) for piece in re.split("(</?s>)", text) if piece]
@@ -165,3 +168,67 @@ def test_any_template_is_read_or_refused_with_a_position(template: str) -> None:
     else:
         assert any(piece.pooled for piece in pieces)
         assert any("text" in piece.variables for piece in pieces)
+
+
+def test_last_pools_the_last_of_the_pooled_positions() -> None:
+    recipe = Recipe("{!%%text%%}|{%%text%%}", Characters(), 99, pooling=Pooling.LAST)
+    assert recipe.render(["abc"])[0].spans == ((6, 7),)
+    assert recipe.render([""])[0].spans == ((0, 1),)  # the literal before its place
+
+
+# --- trained tokens after a text
+
+
+def test_trained_tokens_stand_at_the_end_and_the_last_are_read() -> None:
+    rendered = TokenRecipe(Characters(), tokens=5, compression=2, max_length=99).render(["xyz"])[0]
+    assert rendered.ids.tolist() == ids("xyz")
+    assert (rendered.tail, rendered.size, rendered.spans, rendered.length) == (5, 8, ((6, 8),), 3)
+
+
+def test_the_tokenizers_own_prefix_is_kept() -> None:
+    rendered = TokenRecipe(Characters([1]), 2, 1, 99).render(["ab"])[0]
+    assert rendered.ids.tolist() == [1, *ids("ab")]
+
+
+@pytest.mark.parametrize("instruction", ["Do:", "Do: ", "Do:  \n"])
+def test_instruction_and_text_are_joined_by_one_space(instruction: str) -> None:
+    recipe = TokenRecipe(Characters(), 2, 1, 99)
+    assert recipe.render(["it"], instruction)[0].ids.tolist() == ids("Do: it")
+
+
+@pytest.mark.parametrize("instruction", ["", " "])
+def test_no_instruction_adds_nothing(instruction: str) -> None:
+    assert TokenRecipe(Characters(), 2, 1, 99).render(["it"], instruction)[0].ids.tolist() == ids("it")
+
+
+def test_a_text_spelling_a_special_token_is_plain_text() -> None:
+    rendered = TokenRecipe(Characters(), 2, 1, 99).render(["<s></s>"])[0]
+    assert rendered.ids.tolist() == [ord(c) for c in "<s></s>"]
+
+
+def test_an_empty_text_is_trained_tokens_alone() -> None:
+    rendered = TokenRecipe(Characters(), 3, 3, 99).render([""])[0]
+    assert (rendered.ids.tolist(), rendered.spans, rendered.size) == ([], ((0, 3),), 3)
+
+
+def test_no_room_for_a_text_is_refused() -> None:
+    assert TokenRecipe(Characters(), 5, 2, 6).max_length == 1
+    with pytest.raises(InputError, match="max_length=5 leave no room for a text beside 5 trained tokens: .* 6"):
+        TokenRecipe(Characters(), 5, 2, 5)
+    with pytest.raises(InputError, match="and 1 of the tokenizer: give at least 7"):
+        TokenRecipe(Characters([1]), 5, 2, 6)
+    with pytest.raises(InputError, match="the 5 positions of the model leave no room"):
+        TokenRecipe(Characters(), 5, 2, 512, positions=5)
+
+
+@given(text=st.text(max_size=40), instruction=st.text(max_size=9), tokens=st.integers(1, 6), data=st.data())
+def test_every_trained_token_survives_truncation(text: str, instruction: str, tokens: int, data: st.DataObject) -> None:
+    max_length = data.draw(st.integers(tokens + 2, 40))
+    compression = data.draw(st.integers(1, tokens))
+    recipe = TokenRecipe(Characters([1]), tokens, compression, max_length)
+    rendered = recipe.render([text], instruction)[0]
+    full = [1, *map(ord, f"{instruction.rstrip()} {text}" if instruction.strip() else text)]
+    assert rendered.length == len(full)
+    assert rendered.ids.tolist() == full[: max_length - tokens]
+    assert rendered.size == len(rendered.ids) + tokens <= max_length
+    assert rendered.spans == ((rendered.size - compression, rendered.size),)

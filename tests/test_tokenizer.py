@@ -66,17 +66,38 @@ def test_a_tokenizer_written_in_python_works_too() -> None:
         bos_token, eos_token, all_special_tokens = None, "</s>", ["</s>"]
         bos_token_id, eos_token_id, pad_token_id = None, 7, None
 
-        def __call__(self, text: str, add_special_tokens: bool, split_special_tokens: bool) -> dict[str, list[int]]:
-            assert not add_special_tokens
-            return {"input_ids": [7] if text == "</s>" and not split_special_tokens else [len(text)]}
+        def __call__(
+            self, text: str, add_special_tokens: bool = True, split_special_tokens: bool = False
+        ) -> dict[str, list[int]]:
+            ids = [7] if text == "</s>" and not split_special_tokens else [len(text)]
+            return {"input_ids": [9, *ids] if add_special_tokens else ids}
 
     tokenizer = TextTokenizer(Python())
     assert tokenizer.plain(["abc", "</s>"])[0].tolist() == [3]
     assert tokenizer.plain(["abc", "</s>"])[1].tolist() == [4]
     assert tokenizer.literal("</s>").tolist() == [7]
     assert (tokenizer.bos, tokenizer.anchor_id) == ("", 7)
+    assert tokenizer.prefix.tolist() == [9]
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match="has no tokenizer .tokenizer.json"):
         TextTokenizer.load(tmp_path)
+
+
+def test_the_prefix_is_what_the_tokenizer_adds_by_itself(tiny_model: Callable[[str], Path]) -> None:
+    assert TextTokenizer.load(tiny_model("llama")).prefix.tolist() == [0]  # <s>
+    assert TextTokenizer.load(tiny_model("qwen3")).prefix.tolist() == []
+    assert TextTokenizer.load(tiny_model("gpt2")).prefix.tolist() == []  # has a BOS token, adds none
+
+
+def test_decoding_leaves_special_tokens_out_unless_told_otherwise(tiny_model: Callable[[str], Path]) -> None:
+    tokenizer = TextTokenizer.load(tiny_model("qwen3"))
+    ids = [*tokenizer.plain(["the pump"])[0].tolist(), *tokenizer.literal("<|im_end|>").tolist()]
+    assert tokenizer.decode(ids) == "the pump"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "the pump<|im_end|>"
+
+
+def test_the_vocabulary_holds_added_tokens(tiny_model: Callable[[str], Path]) -> None:
+    vocabulary = TextTokenizer.load(tiny_model("qwen3")).vocabulary()
+    assert len(vocabulary) == 400 and vocabulary["<|im_end|>"] == 0

@@ -1,14 +1,22 @@
-"""Vectors against the paper's released code and against an independent implementation, on every architecture."""
+"""Vectors against the papers' released code and against an independent implementation, on every architecture."""
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoTokenizer
 
+from echo_integrations.config import EncodingError
 from echo_integrations.encoder import Encoder
-from tests import reference
+from echo_integrations.resolve import resolve
+from tests import reference, tiny
 from tests.tiny import ARCHITECTURES
 
 TEXTS = ["The pump was closed.", "hi", "東京 café — 🙂 x", "  two  spaces ", "the valve " * 30, "line\nline\ttab"]
@@ -90,3 +98,75 @@ def test_absolute_positions_clamp_max_length(tiny_model: Callable[[str], Path]) 
     recipe_length = encoder.vector_space()["document_max_length"]
     assert recipe_length == 6  # 64 positions less 51 tokens of the prompt, for two copies
     assert np.isfinite(encoder.encode(["the valve " * 200])).all()
+
+
+# --- LLM2Vec-Gen
+
+
+def gen(model: Path, token_set: Path, **settings: Any) -> Encoder:
+    plain = {"dtype": "float32", "normalize_embeddings": False, "on_truncate": "truncate"}
+    own = {"model": str(model), "token_set": str(token_set), "mode": "llm2vec-gen", "document_instruction": ""}
+    return Encoder(**{**plain, **own, **settings})
+
+
+@pytest.mark.parametrize("backbone", ["qwen3", "llama"])
+@pytest.mark.parametrize("max_length", [64, 512])
+def test_the_released_codes_llm2vec_gen_vectors(backbone: str, max_length: int, data: Path) -> None:
+    texts = json.loads((data / "texts.json").read_text())["texts"]
+    expected = np.load(data / backbone / "gen.npz")
+    encoder = gen(data / backbone / "base", data / backbone / "llm2vec_gen", max_length=max_length)
+    vectors, soft_prompts = encoder.encode(texts, return_soft_prompts=True)
+    for ours, name in ((vectors, "emb"), (soft_prompts, "recon")):
+        theirs = expected[f"{name}|{max_length}"]
+        assert ours.shape == theirs.shape
+        assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_equals_plain_llm2vec_gen(
+    architecture: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Learned positions, scaled embeddings, sliding windows, BOS or none, a pad token or none."""
+    folder = tiny_model(architecture)
+    tokens = tiny.token_set(folder, tmp_path / "set", thought=4, compression=3)
+    expected, soft = reference.embed_gen(folder, tokens, TEXTS, compression=3, max_length=20)
+    vectors, soft_prompts = gen(folder, tokens, max_length=20).encode(TEXTS, return_soft_prompts=True)
+    assert np.abs(vectors - expected).max() <= 1e-5 * np.abs(expected).max()
+    assert np.abs(soft_prompts - soft).max() <= 1e-5 * np.abs(soft).max()
+    assert np.abs(vectors - vectors[0])[1:].max() > 0.01  # they do differ
+
+
+def test_scaled_embeddings_scale_the_trained_rows_too(tmp_path: Path) -> None:
+    """Gemma 3 scales in its embedding module: a row stands for a row of the matrix, so it is scaled like one."""
+    folder = tiny.build("gemma3_text", tmp_path / "model")
+    matrix = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    tokens = tiny.token_set(folder, tmp_path / "set", thought=1, compression=1)
+    ids = AutoTokenizer.from_pretrained(folder)("the pump")["input_ids"]
+    tensors = load_file(tokens / "tokens.safetensors")
+    tensors["rows"] = matrix[[7, 9]].clone()  # rows that the model has, so that plain ids say the same
+    save_file(tensors, tokens / "tokens.safetensors")
+    header = json.loads((tokens / "token_set.json").read_text())
+    header["sha256"]["tokens.safetensors"] = hashlib.sha256((tokens / "tokens.safetensors").read_bytes()).hexdigest()
+    (tokens / "token_set.json").write_text(json.dumps(header))
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        hidden = model(input_ids=torch.tensor([[*ids, 7, 9]])).last_hidden_state[0, -1].numpy()
+    weight, bias = (tensors[f"reconstruction.{part}"].numpy() for part in ("weight", "bias"))
+    _, soft_prompts = gen(folder, tokens).encode(["the pump"], return_soft_prompts=True)
+    expected = weight @ hidden + bias
+    assert np.abs(soft_prompts[0, 0] - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_a_matrix_of_more_rows_than_the_tokenizer_has_ids_or_fewer(data: Path, tmp_path: Path) -> None:
+    """Qwen pads its matrix; added tokens may lie beyond it, which matters only to a text that spells them."""
+    encoder = gen(data / "qwen3" / "base", data / "qwen3" / "llm2vec_gen")
+    assert resolve(encoder)[0].config.vocab_size > len(resolve(encoder)[0].tokenizer.vocabulary())
+    folder = Path(shutil.copytree(data / "qwen3" / "base", tmp_path / "added"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"beyond{i}" for i in range(100)])  # ids 2048 to 2147, the matrix has 2112 rows
+    tokenizer.save_pretrained(folder)
+    tokens = tiny.token_set(folder, tmp_path / "set")
+    beyond = gen(folder, tokens)
+    assert np.isfinite(beyond.encode(["A valve.", "beyond0"])).all()
+    with pytest.raises(EncodingError, match="gave token 2147, its model has only 2112 embedding rows"):
+        beyond.encode(["beyond99"])

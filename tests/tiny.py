@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from echo_integrations.checkpoint import Checkpoint
+from echo_integrations.config import EncoderSettings
+from echo_integrations.token_set import TokenSet
 
 WORDS = (
     "the pump valve was closed and water ran out of a pipe while nobody looked at filter pressure gauge "
@@ -80,6 +85,11 @@ ARCHITECTURES: dict[str, tuple[Callable[[list[str]], Tokenizer], dict[str, str],
         {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"},
         {**_SHAPE, "sliding_window": 8, "query_pre_attn_scalar": 8},
     ),
+    "gemma3_text": (
+        sentencepiece,
+        {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"},
+        {**_SHAPE, "sliding_window": 8, "query_pre_attn_scalar": 8},
+    ),
     "phi3": (
         sentencepiece,
         {**_LLAMA_TOKENS, "pad_token": "<|endoftext|>"},
@@ -110,3 +120,45 @@ def build(name: str, folder: Path, **changes: Any) -> Path:
             torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
     model.save_pretrained(folder)
     return folder
+
+
+def token_set(
+    model_folder: Path | str,
+    folder: Path,
+    *,
+    thought: int = 3,
+    compression: int = 2,
+    dimension: int = 24,
+    seed: int = 0,
+    **fields: Any,
+) -> Path:
+    """Write a random token set of a model (a folder or "echo-mini") into ``folder``; ``fields`` are more of its own."""
+    checkpoint = Checkpoint.find(EncoderSettings(model=str(model_folder)))
+    hidden = checkpoint.hidden_size
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int, scale: float) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * scale
+
+    tokens = TokenSet(
+        rows=random(thought + compression, hidden, scale=_embedding_scale(checkpoint.folder / "model.safetensors")),
+        maps={
+            "reconstruction.weight": random(hidden, hidden, scale=hidden**-0.5),
+            "reconstruction.bias": random(hidden, scale=0.1),
+            "alignment.weight": random(dimension, hidden, scale=hidden**-0.5),
+            "alignment.bias": random(dimension, scale=0.1),
+        },
+        compression=compression,
+        backbone=str(model_folder),
+        **{"backbone_identity": checkpoint.identity(), **fields},
+    )
+    tokens.save(folder)
+    return folder
+
+
+def _embedding_scale(weights: Path) -> float:
+    """Standard deviation of a model's token embeddings."""
+    names = ("embed_tokens.weight", "embed_in.weight", "wte.weight")
+    with safe_open(weights, framework="pt") as file:
+        name = next(key for key in file.keys() if key.endswith(names))
+        return float(file.get_tensor(name).float().std())

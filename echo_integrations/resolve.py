@@ -1,0 +1,79 @@
+"""Which files settings mean: the backbone, and the token set that goes with it or names it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from echo_integrations.checkpoint import Checkpoint, Place
+from echo_integrations.config import EncoderSettings, InputError, Mode, TokenSetError
+from echo_integrations.released import is_released
+from echo_integrations.token_set import TokenSet, count_tokens, is_token_set
+
+
+def resolve(settings: EncoderSettings) -> tuple[Checkpoint, TokenSet | None]:
+    """The backbone, which a token set may name, and the token set, seen to belong to it.
+
+    Raises:
+        ModelLoadError: a name that is nothing, here or on the Hub.
+        TokenSetError: a damaged token set, or one of another backbone.
+    """
+    token_set = find_token_set(settings)
+    if token_set is None:
+        return Checkpoint.find(settings), None
+    if settings.token_set is not None and "model_name" in settings.model_fields_set:
+        checkpoint = Checkpoint.find(settings)
+    else:
+        checkpoint = Checkpoint.find(settings, token_set.backbone, token_set.revision)
+    token_set.check(checkpoint)
+    return checkpoint, token_set
+
+
+def find_token_set(settings: EncoderSettings) -> TokenSet | None:
+    """The token set that settings mean; None in modes that have none.
+
+    Raises:
+        ModelLoadError: a name that is nothing, here or on the Hub.
+        TokenSetError: none is named, or it is damaged.
+    """
+    if settings.mode != Mode.LLM2VEC_GEN:
+        return None
+    place = Place.of(settings)
+    where: dict[str, Any] = {"token": place.token, "cache_folder": place.cache_folder}
+    if settings.token_set is not None:
+        return TokenSet.load(settings.token_set, revision=settings.token_set_revision, **where)
+    try:
+        return TokenSet.load(settings.model_name, revision=settings.revision, **where)
+    except TokenSetError as error:
+        folder = place.local(settings.model_name)
+        if folder is not None and is_token_set(folder):
+            raise
+        raise TokenSetError(
+            f"{settings.model_name!r} brings no trained tokens, which mode 'llm2vec-gen' needs: give token_set=, or as "
+            "the model a released checkpoint such as 'McGill-NLP/LLM2Vec-Gen-Qwen3-8B'"
+        ) from error
+
+
+def check_token_set(settings: EncoderSettings) -> None:
+    """Of a token set that lies here, see that it leaves room for a text and is the only one.
+
+    One on the Hub is seen when it is used, so that constructing an encoder waits for no network.
+
+    Raises:
+        InputError: it does not, or is not.
+        TokenSetError: its header cannot be read.
+    """
+    name = settings.model_name if settings.token_set is None else settings.token_set
+    folder = Place.local(name)
+    if folder is not None and (settings.token_set is not None or is_token_set(folder)):
+        tokens = count_tokens(folder)
+        if tokens + 1 > settings.max_length:
+            raise InputError(
+                f"max_length={settings.max_length} leaves no room for a text beside the {tokens} trained tokens of "
+                f"{name!r}: give at least {tokens + 1}"
+            )
+    model = Place.local(settings.model_name)
+    if settings.token_set is not None and model is not None and is_released(model):
+        raise InputError(
+            f"{settings.model_name!r} is a released checkpoint with tokens of its own, and token_set= was given, too: "
+            "leave token_set= out, or name the backbone as the model"
+        )
