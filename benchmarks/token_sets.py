@@ -56,6 +56,40 @@ def rows_of(encoder: Encoder, texts: list[str]) -> list[Row]:
     return [Row(r, text, token_set) for r, text in zip(rendered, texts, strict=True)]
 
 
+def compare(folder: Path, texts: list[str], rounds: int, dtype: str, work: Path) -> None:
+    """Time the four sides by turns and print a table."""
+    settings: dict[str, Any] = {"model": str(folder), "dtype": dtype, "show_progress": False}
+    settings |= {"on_truncate": "truncate", "document_instruction": ""}
+    sets = [random_token_set(folder, work / str(seed), seed) for seed in range(16)]
+    encoders = [Encoder(**settings, mode="llm2vec-gen", token_set=str(path)) for path in sets]
+    classical = Encoder(**settings, mode="classical")
+    backbone = registry.acquire(BackboneSpec.of(classical, *resolve(classical)), classical)
+    some = texts[: max(4, len(texts) // 16)]
+    mixed = [row for encoder in encoders for row in rows_of(encoder, some)]
+    single = rows_of(encoders[0], some) * 16
+    longer = [text + " the" * TOKENS for text in texts]
+    sides: dict[str, Callable[[], Any]] = {
+        "classical, 20 tokens more": lambda: classical.encode(longer),
+        "llm2vec-gen": lambda: encoders[0].encode(texts),
+        "one set": lambda: list(embed(backbone, single)),
+        "sixteen sets": lambda: list(embed(backbone, mixed)),
+    }
+    print(f"{machine()}\n{len(texts)} texts; {len(mixed)} rows; {rounds} rounds interleaved\n")
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name, run in sides.items():
+            start = time.perf_counter()
+            run()
+            if number:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+                print(f"{name}: {seconds[name][-1]:.2f} s", file=sys.stderr, flush=True)
+    print("| | median s | ratio |\n|---|---|---|")
+    for base, other in (("classical, 20 tokens more", "llm2vec-gen"), ("one set", "sixteen sets")):
+        ratio = statistics.median(b / a for a, b in zip(seconds[base], seconds[other], strict=True))
+        print(f"| {base} | {statistics.median(seconds[base]):.2f} | 1 |")
+        print(f"| {other} | {statistics.median(seconds[other]):.2f} | {ratio:.3f} |")
+
+
 def main() -> None:
     """Run the benchmark and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -69,38 +103,8 @@ def main() -> None:
     count = args.texts or (600 if args.shape == "mini" else 32)
     texts = textbook_texts(args.data, count - count // 2, count // 2)
     folder = ASSETS / "echo-mini" if args.shape == "mini" else build_qwen3_600m(args.model_folder)
-
-    settings: dict[str, Any] = {"model": str(folder), "dtype": args.dtype, "show_progress": False}
-    settings |= {"on_truncate": "truncate", "document_instruction": ""}
     with tempfile.TemporaryDirectory() as work:
-        sets = [random_token_set(folder, Path(work) / str(seed), seed) for seed in range(16)]
-        encoders = [Encoder(**settings, mode="llm2vec-gen", token_set=str(path)) for path in sets]
-        classical = Encoder(**settings, mode="classical")
-        backbone = registry.acquire(BackboneSpec.of(classical, *resolve(classical)), classical)
-        some = texts[: max(4, count // 16)]
-        mixed = [row for encoder in encoders for row in rows_of(encoder, some)]
-        single = rows_of(encoders[0], some) * 16
-    longer = [text + " the" * TOKENS for text in texts]
-    sides: dict[str, Callable[[], Any]] = {
-        "classical, 20 tokens more": lambda: classical.encode(longer),
-        "llm2vec-gen": lambda: encoders[0].encode(texts),
-        "one set": lambda: list(embed(backbone, single)),
-        "sixteen sets": lambda: list(embed(backbone, mixed)),
-    }
-    print(f"{machine()}\n{len(texts)} texts; {len(mixed)} rows; {args.rounds} rounds interleaved, shape {args.shape}\n")
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(args.rounds + 1):
-        for name, run in sides.items():
-            start = time.perf_counter()
-            run()
-            if number:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
-                print(f"{name}: {seconds[name][-1]:.2f} s", file=sys.stderr, flush=True)
-    print("| | median s | ratio |\n|---|---|---|")
-    for base, other in (("classical, 20 tokens more", "llm2vec-gen"), ("one set", "sixteen sets")):
-        ratio = statistics.median(b / a for a, b in zip(seconds[base], seconds[other], strict=True))
-        print(f"| {base} | {statistics.median(seconds[base]):.2f} | 1 |")
-        print(f"| {other} | {statistics.median(seconds[other]):.2f} | {ratio:.3f} |")
+        compare(folder, texts, args.rounds, args.dtype, Path(work))
 
 
 if __name__ == "__main__":

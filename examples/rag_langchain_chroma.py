@@ -1,7 +1,7 @@
-"""Retrieval for RAG with LangChain and Chroma: index a handbook, ask it, and see what echo embeddings change.
+"""Retrieval for RAG with LangChain and Chroma: index a handbook, ask it, and compare three kinds of embeddings.
 
     python examples/rag_langchain_chroma.py                          # the built-in demonstration model, offline
-    python examples/rag_langchain_chroma.py --model Qwen/Qwen3-0.6B  # any other backbone
+    python examples/rag_langchain_chroma.py --model Qwen/Qwen3-0.6B  # any other backbone, with --token-set for its own
 
 Chroma's files stay in examples/chroma (--folder): the second run finds its passages indexed.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from langchain_chroma import Chroma
 
-from echo_integrations.langchain import EchoEmbeddings
+from echo_integrations.langchain import EchoEmbeddings, LLM2VecGenEmbeddings
 
 HERE = Path(__file__).parent
 
@@ -22,7 +22,7 @@ def read(name: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (HERE / "data" / name).read_text(encoding="utf-8").splitlines()]
 
 
-def open_store(embeddings: EchoEmbeddings, folder: Path) -> Chroma:
+def open_store(embeddings: EchoEmbeddings | LLM2VecGenEmbeddings, folder: Path) -> Chroma:
     """A persistent collection, filled at the first run; its name holds the vector space's fingerprint."""
     store = Chroma(
         f"handbook-{embeddings.mode}-{embeddings.fingerprint[:12]}",
@@ -40,26 +40,30 @@ def main() -> None:
     """Ask one question in full, then all of them for the score."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="echo-mini", help="Hub id or folder of a causal LM (default: %(default)s)")
+    parser.add_argument("--token-set", help="trained tokens of that LM (default: those of echo-mini, for echo-mini)")
     parser.add_argument("--question", default="How do I reset the pump after it has shut itself off?")
     parser.add_argument("--folder", type=Path, default=HERE / "chroma", help="where Chroma keeps its files")
     args = parser.parse_args()
 
     questions = read("questions.jsonl")
     recall: dict[str, tuple[float, float]] = {}
-    for mode in ("classical", "echo"):
-        store = open_store(EchoEmbeddings(model=args.model, mode=mode), args.folder)
-        print(f"\n{mode}: {args.question}")
+    kinds = [EchoEmbeddings(model=args.model, mode="classical"), EchoEmbeddings(model=args.model)]
+    if args.token_set or args.model == "echo-mini":
+        kinds += [LLM2VecGenEmbeddings(model=args.model, token_set=args.token_set)]
+    for embeddings in kinds:
+        store = open_store(embeddings, args.folder)
+        print(f"\n{embeddings.mode}: {args.question}")
         for document, distance in store.similarity_search_with_score(args.question, k=3):
             title, text = document.page_content.split(". ", 1)
             print(f"  {1 - distance:.3f}  {title}: {text[:70]}...")
         found = [[d.id for d in store.similarity_search(q["question"], k=3)] for q in questions]
         hits = [(q["passage"] == ids[0], q["passage"] in ids) for q, ids in zip(questions, found, strict=True)]
-        recall[mode] = (sum(first for first, _ in hits) / len(hits), sum(any_ for _, any_ in hits) / len(hits))
+        recall[embeddings.mode] = (sum(first for first, _ in hits) / len(hits), sum(any_ for _, any_ in hits) / len(hits))
 
     print(f"\nrecall of the right passage, {len(questions)} questions over {len(read('corpus.jsonl'))} passages")
-    print("            recall@1  recall@3")
+    print("               recall@1  recall@3")
     for mode, (at_1, at_3) in recall.items():
-        print(f"  {mode:<10}{at_1:>8.1%}{at_3:>10.1%}")
+        print(f"  {mode:<13}{at_1:>8.1%}{at_3:>10.1%}")
 
 
 if __name__ == "__main__":

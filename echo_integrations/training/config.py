@@ -73,6 +73,9 @@ class TrainingConfig(BaseModel):
     """Trained tokens that are not read: scratch space."""
     compression_tokens: int = Field(default=10, ge=1)
     """Trained tokens whose hidden states are the embedding."""
+    start_from: str | None = None
+    """A token set of this backbone, folder or Hub id, to go on from, such as a general one for a domain: its rows,
+    maps and instructions are where training starts. It must have as many tokens, and the teacher's dimension."""
     rows_init: Literal["random", "mean"] = "random"
     """Where new rows start: ``"random"``, normal with the spread of the backbone's embeddings; ``"mean"``, at the mean
     of the backbone's embeddings with a tenth of that spread."""

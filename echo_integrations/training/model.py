@@ -212,6 +212,29 @@ class Student(nn.Module):
         self.alignment.weight.copy_(weight)
         self.alignment.bias.copy_(y_mean - weight @ x_mean)
 
+    @torch.no_grad()
+    def start_from(self, token_set: TokenSet) -> None:
+        """Take over the rows and maps of a token set.
+
+        Raises:
+            TrainingError: it has other sizes, or an adapter.
+        """
+        sizes = {
+            "tokens": (token_set.rows.shape[0], self.rows.shape[0]),
+            "compression tokens": (token_set.compression, self._config.compression_tokens),
+            "components": (token_set.dimension, self.alignment.weight.shape[0]),
+        }
+        different = [f"{there} {name} there, {here} here" for name, (there, here) in sizes.items() if there != here]
+        if different or token_set.lora_config is not None:
+            raise TrainingError(
+                f"start_from={self._config.start_from!r} cannot be gone on from: "
+                + ("; ".join(different) or "it adapts the backbone (LoRA)")
+                + "; choose settings and a teacher like its own, or leave start_from out"
+            )
+        self.rows.copy_(token_set.rows)
+        for name, tensor in token_set.maps.items():
+            self.get_parameter(name).copy_(tensor)
+
     def token_set(self, **described: Any) -> TokenSet:
         """What was trained, as a token set; ``described`` says the rest of it."""
         adapter: dict[str, Any] = {}
@@ -236,14 +259,7 @@ class Student(nn.Module):
     def logits(self, states: Tensor) -> Tensor:
         """The frozen LM head: (n, H) states -> (n, V) logits."""
         with self._autocast():
-            logits: Tensor = self._backbone.lm.get_output_embeddings()(states)
-        config, logits = self._backbone.spec.checkpoint.config, logits.float()
-        scale = (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
-        if scale != 1:
-            logits = logits * scale
-        if cap := getattr(config, "final_logit_softcapping", None):
-            logits = cap * torch.tanh(logits / cap)
-        return logits
+            return self._backbone.logits(states)
 
     @torch.no_grad()
     def read(self, states: Tensor, max_new_tokens: int) -> list[str]:

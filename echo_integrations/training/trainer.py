@@ -127,6 +127,9 @@ class _Run:
         if not training:
             raise InputError("there is no example to train on: give some, or lower validation_examples")
         self.student = Student(backbone, self.vectors.dimension, config)
+        self.start = None if config.start_from is None else TokenSet.load(config.start_from)
+        if self.start is not None:
+            self.start.check(self.checkpoint)
         self.validation = Validation(self.student, self.held_out, config.samples) if held_out else None
 
     def run(self, resume: bool) -> TokenSet:
@@ -159,7 +162,9 @@ class _Run:
         else:
             factor = float(self.config.teacher_scale)
         self.examples.scale_targets(factor)
-        if self.config.alignment_init == "ridge":
+        if self.start is not None:
+            self.student.start_from(self.start)
+        elif self.config.alignment_init == "ridge":
             starts = range(0, count, 64)
             self.student.fit_alignment(
                 self.examples.batch(range(start, min(start + 64, count)), extras=False) for start in starts
@@ -180,7 +185,7 @@ class _Run:
             backbone=self.config.model,
             revision=self.checkpoint.revision,
             backbone_identity=self.checkpoint.identity(),
-            instructions=_instructions(self.config),
+            instructions={**(self.start.instructions if self.start else {}), **_instructions(self.config)},
             teacher=self.teacher.name,
             training={
                 "config": self.config.model_dump(mode="json"),
