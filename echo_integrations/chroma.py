@@ -223,8 +223,12 @@ class LLM2VecGenEmbeddingFunction(_Function, EmbeddingFunction[Documents]):
         TokenSetError: a damaged token set, or one of another backbone.
 
     Example:
-        >>> function = LLM2VecGenEmbeddingFunction(model="echo-mini", token_set="./tokens/legal")  # doctest: +SKIP
-        >>> collection = open_collection(client, "notes", function)  # doctest: +SKIP
+        >>> import chromadb
+        >>> function = LLM2VecGenEmbeddingFunction(model="echo-mini")
+        >>> collection = open_collection(chromadb.EphemeralClient(), "answers", function)
+        >>> collection.add(ids=["1"], documents=["The valve is closed."])
+        >>> len(collection.get(include=["embeddings"])["embeddings"][0])
+        384
 
     Source: BehnamGhader et al., "LLM2Vec-Gen: Generative Embeddings from Large Language Models", arXiv 2603.10913.
     """

@@ -318,9 +318,11 @@ class Encoder(EncoderSettings):
             ModelLoadError: the checkpoint has no LM head.
 
         Example:
-            >>> encoder = Encoder(mode="llm2vec-gen")  # doctest: +SKIP
-            >>> encoder.decode(["how do I reset the pump?"], role="query", max_new_tokens=16)  # doctest: +SKIP
-            ['The pump is a device that ...']
+            >>> encoder = Encoder(mode="llm2vec-gen")
+            >>> answers = encoder.decode(["how do I reset the pump?"], role="query", max_new_tokens=16)
+            >>> vectors, soft_prompts = encoder.encode(["how do I reset the pump?"], return_soft_prompts=True)
+            >>> len(encoder.decode(soft_prompts=soft_prompts, max_new_tokens=16))
+            1
         """
         if (texts is None) == (soft_prompts is None):
             raise InputError("decode takes either texts or soft_prompts=")
@@ -355,8 +357,9 @@ class Encoder(EncoderSettings):
             ModelLoadError: the checkpoint has no LM head.
 
         Example:
-            >>> Encoder(mode="llm2vec-gen").explain("reset the pump")[0][0][0].token  # doctest: +SKIP
-            ' pump'
+            >>> lens = Encoder(mode="llm2vec-gen").explain("how do I reset the pump?", top_k=3)
+            >>> len(lens), len(lens[0]), len(lens[0][0])
+            (1, 10, 3)
         """
         if top_k < 1:
             raise InputError(f"top_k={top_k}: ask for at least one token")

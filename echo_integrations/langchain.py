@@ -88,8 +88,9 @@ class LLM2VecGenEmbeddings(_Embeddings):
         TokenSetError: a damaged token set.
 
     Example:
-        >>> embeddings = LLM2VecGenEmbeddings(model="echo-mini", token_set="./tokens/legal")  # doctest: +SKIP
-        >>> vector = embeddings.embed_query("how do I reset the pump?")  # doctest: +SKIP
+        >>> embeddings = LLM2VecGenEmbeddings(model="echo-mini")
+        >>> len(embeddings.embed_query("how do I reset the pump?"))
+        384
 
     Source: BehnamGhader et al., "LLM2Vec-Gen: Generative Embeddings from Large Language Models", arXiv 2603.10913.
     """

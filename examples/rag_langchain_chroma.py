@@ -58,7 +58,10 @@ def main() -> None:
             print(f"  {1 - distance:.3f}  {title}: {text[:70]}...")
         found = [[d.id for d in store.similarity_search(q["question"], k=3)] for q in questions]
         hits = [(q["passage"] == ids[0], q["passage"] in ids) for q, ids in zip(questions, found, strict=True)]
-        recall[embeddings.mode] = (sum(first for first, _ in hits) / len(hits), sum(any_ for _, any_ in hits) / len(hits))
+        recall[embeddings.mode] = (
+            sum(first for first, _ in hits) / len(hits),
+            sum(any_ for _, any_ in hits) / len(hits),
+        )
 
     print(f"\nrecall of the right passage, {len(questions)} questions over {len(read('corpus.jsonl'))} passages")
     print("               recall@1  recall@3")

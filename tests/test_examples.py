@@ -42,10 +42,8 @@ def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     module.main()
 
 
-def test_one_backbone_rag(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mini_tokens: Path, tmp_path: Path
-) -> None:
-    arguments = ["--token-set", str(mini_tokens), "--folder", str(tmp_path), "--max-new-tokens", "8"]
+def test_one_backbone_rag(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ["--folder", str(tmp_path), "--max-new-tokens", "8"]
     outputs = []
     for _ in range(2):  # the second time finds its passages indexed
         run("one_backbone_rag", monkeypatch, *arguments)
@@ -58,15 +56,31 @@ def test_one_backbone_rag(
     assert "One copy of 8 M parameters" in outputs[0] and "echo-mini, which knows little" in outputs[0]
 
 
-def test_read_embeddings(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mini_tokens: Path
-) -> None:
-    run("read_embeddings", monkeypatch, "--token-set", str(mini_tokens), "--max-new-tokens", "4")
+def test_read_embeddings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run("read_embeddings", monkeypatch, "--max-new-tokens", "4")
     out = capsys.readouterr().out
     found = re.findall(r"(?m)^ +(-?\d\.\d{3})  (.*?): .*\n   reads  ", out)
     assert len(found) == 3 and {title for _, title in found} <= {row["title"] for row in rows("corpus.jsonl")}
     assert [score for score, _ in found] == sorted((score for score, _ in found), key=float, reverse=True)
     assert len(re.findall(r"(?m)^ +[12]  '", out)) == 2  # compression positions
+
+
+def test_train_domain_tokens(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The whole way in a few steps; the queries to train on are none of those to test with."""
+    test = {row["question"] for row in rows("questions.jsonl")}
+    queries = [row["query"] for row in rows("domain_queries.jsonl")]
+    assert len(set(queries)) == len(queries) >= 200 and not test & set(queries)
+    few = "".join(json.dumps({"query": query}) + "\n" for query in queries[:60])
+    for name in ("corpus", "questions"):
+        shutil.copy(EXAMPLES / "data" / f"{name}.jsonl", tmp_path)
+    (tmp_path / "domain_queries.jsonl").write_text(few, encoding="utf-8")
+    run("train_domain_tokens", monkeypatch, "--steps", "2", "--data", str(tmp_path), "--out", str(tmp_path / "tokens"))
+    out = capsys.readouterr().out
+    assert re.findall(r"(?m)^(\w+) +recall@1 +\d+\.\d%  recall@3 +\d+\.\d%", out) == ["before", "after"]
+    assert (tmp_path / "tokens" / "report" / "index.html").is_file()
+    assert TokenSet.load(tmp_path / "tokens").training["steps"] == 2
 
 
 def test_the_code_of_the_readme_runs(

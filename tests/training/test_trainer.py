@@ -16,7 +16,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from echo_integrations.config import InputError
+from echo_integrations.config import InputError, TokenSetMismatchError
 from echo_integrations.encoder import Encoder
 from echo_integrations.token_set import TokenSet
 from echo_integrations.training import TrainingConfig, TrainingError, train
@@ -172,6 +172,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tiny_model: Any, tmp_path: Pat
 
 
 def test_ctrl_c_writes_a_checkpoint_to_go_on_from(tiny_model: Any, tmp_path: Path) -> None:
+    handler = signal.getsignal(signal.SIGINT)
     out, config = tmp_path / "out", config_of(tiny_model("qwen3"), max_steps=60, save_every=5, validate_every=100)
     straight = train(config, examples(30), teacher=Letters(), out=tmp_path / "straight")
 
@@ -187,7 +188,7 @@ def test_ctrl_c_writes_a_checkpoint_to_go_on_from(tiny_model: Any, tmp_path: Pat
     assert 5 <= stopped < 60
     assert (tmp_path / "out.training" / f"checkpoint-{stopped}" / "run.json").is_file()
     assert not out.exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     assert same(straight, train(config, examples(30), teacher=Letters(), out=out))
 
 
@@ -250,6 +251,30 @@ def test_options_of_the_start(tiny_model: Any, tmp_path: Path) -> None:
     train(config_of(tiny_model("qwen3"), teacher_scale="unit", max_steps=2), examples(40), teacher=Letters(),
           out=tmp_path / "random")  # fmt: skip
     assert curve(tmp_path / "fitted", "alignment")[0] < 0.5 * curve(tmp_path / "random", "alignment")[0]
+
+
+def test_a_run_starts_from_another_token_set(tiny_model: Any, tmp_path: Path) -> None:
+    """Where the one before it ended, so that its first loss is lower; the instructions come along."""
+    first = config_of(tiny_model("qwen3"), max_steps=20, query_instruction="Ask:")
+    train(first, examples(40), teacher=Letters(), out=tmp_path / "first")
+    second = config_of(tiny_model("qwen3"), max_steps=1, learning_rate=1e-9, start_from=str(tmp_path / "first"))
+    further = train(second, examples(40), teacher=Letters(), out=tmp_path / "second")
+    assert curve(tmp_path / "second")[0] < 0.9 * curve(tmp_path / "first")[0]
+    before = TokenSet.load(tmp_path / "first")
+    torch.testing.assert_close(further.rows, before.rows, atol=1e-6, rtol=0)
+    assert further.instructions == before.instructions != {}
+
+
+def test_a_token_set_that_cannot_be_started_from_is_refused(tiny_model: Any, tmp_path: Path) -> None:
+    train(config_of(tiny_model("qwen3"), max_steps=1), examples(20), teacher=Letters(), out=tmp_path / "first")
+    start = {"start_from": str(tmp_path / "first"), "max_steps": 1}
+    with pytest.raises(TrainingError, match="5 tokens there, 7 here; 3 compression tokens there, 5 here"):
+        train(config_of(tiny_model("qwen3"), compression_tokens=5, **start), examples(20), teacher=Letters(),
+              out=tmp_path / "out")  # fmt: skip
+    with pytest.raises(TrainingError, match="6 components there, 4 here"):
+        train(config_of(tiny_model("qwen3"), **start), examples(20), teacher=Letters(4), out=tmp_path / "out")
+    with pytest.raises(TokenSetMismatchError, match="trained on '.*qwen3.*', the model is '.*llama"):
+        train(config_of(tiny_model("llama"), **start), examples(20), teacher=Letters(), out=tmp_path / "out")
 
 
 @pytest.mark.parametrize("weight", ["reconstruction_weight", "alignment_weight"])
