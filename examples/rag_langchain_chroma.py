@@ -1,7 +1,7 @@
 """Retrieval for RAG with LangChain and Chroma: index a handbook, ask it, and compare three kinds of embeddings.
 
     python examples/rag_langchain_chroma.py                          # the built-in demonstration model, offline
-    python examples/rag_langchain_chroma.py --model Qwen/Qwen3-0.6B  # any other backbone, with --token-set for its own
+    python examples/rag_langchain_chroma.py --model Qwen/Qwen3-0.6B  # any other backbone, --token-set for its tokens
 
 Chroma's files stay in examples/chroma (--folder): the second run finds its passages indexed.
 """
@@ -46,7 +46,8 @@ def main() -> None:
     args = parser.parse_args()
 
     questions = read("questions.jsonl")
-    recall: dict[str, tuple[float, float]] = {}
+    table: list[str] = []
+    kinds: list[EchoEmbeddings | LLM2VecGenEmbeddings]
     kinds = [EchoEmbeddings(model=args.model, mode="classical"), EchoEmbeddings(model=args.model)]
     if args.token_set or args.model == "echo-mini":
         kinds += [LLM2VecGenEmbeddings(model=args.model, token_set=args.token_set)]
@@ -54,19 +55,15 @@ def main() -> None:
         store = open_store(embeddings, args.folder)
         print(f"\n{embeddings.mode}: {args.question}")
         for document, distance in store.similarity_search_with_score(args.question, k=3):
-            title, text = document.page_content.split(". ", 1)
-            print(f"  {1 - distance:.3f}  {title}: {text[:70]}...")
+            print(f"  {1 - distance:.3f}  {document.page_content[:90]}...")
         found = [[d.id for d in store.similarity_search(q["question"], k=3)] for q in questions]
-        hits = [(q["passage"] == ids[0], q["passage"] in ids) for q, ids in zip(questions, found, strict=True)]
-        recall[embeddings.mode] = (
-            sum(first for first, _ in hits) / len(hits),
-            sum(any_ for _, any_ in hits) / len(hits),
+        at_1, at_3 = (
+            sum(q["passage"] in ids[:k] for q, ids in zip(questions, found, strict=True)) / len(questions)
+            for k in (1, 3)
         )
-
+        table.append(f"  {embeddings.mode:<13}{at_1:>8.1%}{at_3:>10.1%}")
     print(f"\nrecall of the right passage, {len(questions)} questions over {len(read('corpus.jsonl'))} passages")
-    print("               recall@1  recall@3")
-    for mode, (at_1, at_3) in recall.items():
-        print(f"  {mode:<13}{at_1:>8.1%}{at_3:>10.1%}")
+    print("               recall@1  recall@3", *table, sep="\n")
 
 
 if __name__ == "__main__":
