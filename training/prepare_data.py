@@ -5,8 +5,9 @@
 general.jsonl           queries with responses; nothing of the books that are kept for choosing and reporting
 domain_queries.jsonl    half of the questions of one left-out book, and nothing else: no answers, no passages, no labels
 domain_test.json        the other half, by name, for `measure.py --questions`
+domain.jsonl            with --answers: each of the domain's queries, its response the question and the model's answer
 
-The domain's responses come from the model: `echo-embed respond domain_queries.jsonl ...`.
+The answers come from the model: `echo-embed respond domain_queries.jsonl --model echo-mini --out answers.jsonl`.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--leave-out", nargs="*", default=[], metavar="BOOK", help="further books to keep out")
     parser.add_argument("--domain", default=DOMAIN, metavar="BOOK")
+    parser.add_argument("--answers", type=Path, metavar="FILE", help="what the model answered to domain_queries.jsonl")
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args(argv)
     known = {*TRAIN, *CHOOSE, *REPORT, *RESERVED}
@@ -96,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     train, test = domain_questions(args.data, args.domain)
     write_rows(args.out / "domain_queries.jsonl", ({"query": f"{ASK} {question}"} for question in train))
     names = {"book": args.domain, "questions": [key(args.domain, question) for question in test]}
+    if args.answers:
+        write_rows(args.out / "domain.jsonl", answered(list(read_rows(args.answers))))
     (args.out / "domain_test.json").write_text(json.dumps(names, indent=1) + "\n", encoding="utf-8")
 
     print(
@@ -108,6 +112,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         words = [sum(len(row[side].split()) for row in of) / max(1, len(of)) for side in ("query", "response")]
         print(f"| {source} | {len(of)} | {told:.0%} | {words[0]:.0f} | {words[1]:.0f} |")
     print(f"\n{args.domain}: {len(train)} queries to train on, {len(test)} to test")
+
+
+def answered(rows: Sequence[dict[str, str]]) -> Iterator[dict[str, str]]:
+    """A weak model's answer says little, so the question stands before it in what the teacher embeds."""
+    for row in rows:
+        if not row.get("error"):
+            question = row["query"].removeprefix(ASK).strip()
+            yield {"query": row["query"], "response": f"{question} {row['response']}"}
 
 
 def general_set(data: Path, books: Collection[str], seed: int) -> list[dict[str, str]]:

@@ -76,6 +76,7 @@ def add_commands(subparsers: Any) -> None:
         help="a sentence-transformers model (folder or Hub id), echo:MODEL, classical:MODEL, or echo, the default: "
         "echo embeddings of the backbone itself",
     )
+    train.add_argument("--teacher-name", metavar="NAME", help="what the token set calls the teacher")
     train.add_argument(
         "--set",
         metavar="NAME=VALUE",
@@ -126,7 +127,7 @@ def _respond(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from echo_integrations.training import TrainingConfig, train
+    from echo_integrations.training import TrainingConfig, as_teacher, train
     from echo_integrations.training.data import read_examples
 
     config = TrainingConfig.from_yaml(args.recipe)
@@ -135,7 +136,8 @@ def _train(args: argparse.Namespace) -> None:
     main = os.environ.get("RANK", "0") == "0"  # with accelerate every process runs this, and one of them speaks
     with _said_warnings(main):
         examples = read_examples(args.data, on_error=args.on_error)
-        token_set = train(config, examples, teacher=args.teacher, out=args.out, resume=not args.no_resume)
+        teacher = as_teacher(args.teacher, name=args.teacher_name) if args.teacher_name else args.teacher
+        token_set = train(config, examples, teacher=teacher, out=args.out, resume=not args.no_resume)
     if main:
         say(f"{args.out}: a token set of {len(token_set.rows)} tokens and {token_set.dimension} components")
 

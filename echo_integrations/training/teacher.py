@@ -90,7 +90,7 @@ def as_teacher(embedder: Any, *, name: str | None = None, fingerprint: str | Non
     """
     if isinstance(embedder, str):
         mode, _, model = embedder.partition(":")
-        name = name or embedder
+        name = name or _shown(embedder)
         embedder = Encoder(model=model, mode=mode) if model and mode in _OWN else _sentence_transformer(embedder)
     if isinstance(embedder, Encoder | EncoderFields):
         encoder = embedder if isinstance(embedder, Encoder) else embedder.encoder
@@ -115,6 +115,12 @@ def as_teacher(embedder: Any, *, name: str | None = None, fingerprint: str | Non
         f"{type(embedder).__name__} is no teacher: give a LangChain or LlamaIndex embedding class, a "
         "SentenceTransformer or its name, an Encoder, or an object with name, fingerprint and embed(texts)"
     )
+
+
+def _shown(name: str) -> str:
+    """A Hub id as it is; of a folder its last two names, because what is trained may be shown to others."""
+    folder = Path(name).expanduser()
+    return "/".join(folder.resolve().parts[-2:]) if folder.is_dir() else name
 
 
 def _sentence_transformer(name: str) -> Any:

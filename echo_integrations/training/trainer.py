@@ -188,7 +188,7 @@ class _Run:
             instructions={**(self.start.instructions if self.start else {}), **_instructions(self.config)},
             teacher=self.teacher.name,
             training={
-                "config": self.config.model_dump(mode="json"),
+                "config": self.config.outcome(),
                 "teacher": {"name": self.teacher.name, "fingerprint": self.teacher.fingerprint},
                 "data": data,
                 "steps": loop.state.global_step,

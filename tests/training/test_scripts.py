@@ -130,3 +130,10 @@ def test_the_general_set_says_nothing_of_books_kept_out(
     trained_on = {books.key(kept_out, query.split(": ", 1)[1]) for query in queries}
     assert test["book"] == kept_out and len(trained_on) + len(test["questions"]) == 20
     assert trained_on and test["questions"] and not trained_on & set(test["questions"])
+
+
+def test_a_domains_response_is_question_and_answer(script: Callable[[str], ModuleType]) -> None:
+    ask = script("prepare_data").ASK
+    rows = [{"query": f"{ask} Why trade?", "response": "It pays."}, {"query": "Why?", "response": "", "error": "empty"}]
+    found = list(script("prepare_data").answered(rows))
+    assert found == [{"query": f"{ask} Why trade?", "response": "Why trade? It pays."}]
