@@ -273,6 +273,10 @@ class EncoderSettings(BaseModel):
     @model_validator(mode="after")
     def _check_mode(self) -> Self:
         """Refuse what the mode has no use for, rather than ignore it."""
+        if self.token_set_revision is not None and self.token_set is None:
+            raise ValueError("token_set_revision was given without token_set: of a model, give revision")
+        if self.token_set is not None and self.revision is not None and "model_name" not in self.model_fields_set:
+            raise ValueError("revision is the model's, and no model is named: name it, or give token_set_revision")
         if self.mode == Mode.LLM2VEC_GEN:
             names = ("query_template", "document_template", "pooling")
             useless = [name for name in names if getattr(self, name) != EncoderSettings.model_fields[name].default]

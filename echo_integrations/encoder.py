@@ -328,9 +328,9 @@ class Encoder(EncoderSettings):
             raise InputError("decode takes either texts or soft_prompts=")
         backbone, _ = self._backbone_of_token_set("decode")
         backbone.causal_lm()
-        if soft_prompts is None:
+        if texts is not None:
             listed = [texts] if isinstance(texts, str) else texts
-            soft_prompts = self._encode_with_soft_prompts(listed or [], Role(role), instruction)[1]
+            soft_prompts = self._encode_with_soft_prompts(listed, Role(role), instruction)[1]
         return reading.decode(backbone, np.asarray(soft_prompts), max_new_tokens, self.token_budget, self._bar)
 
     def explain(

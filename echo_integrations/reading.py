@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from echo_integrations.backbone import Backbone
-from echo_integrations.config import InputError
+from echo_integrations.config import EncodingError, InputError
+from echo_integrations.device import is_out_of_memory
 from echo_integrations.token_set import TokenSet
 
 _LENS_POSITIONS = 256  # that the LM head is applied to at once: a position has as many logits as the vocabulary
@@ -57,6 +58,7 @@ def decode(
 
     Raises:
         InputError: another shape, or no token to be said.
+        EncodingError: one answer alone does not fit in memory.
     """
     prompts = soft_prompts[None] if soft_prompts.ndim == 2 else soft_prompts
     hidden = backbone.spec.checkpoint.hidden_size
@@ -68,10 +70,21 @@ def decode(
     size = max(1, budget // (prompts.shape[1] + max_new_tokens))
     answers: list[str] = []
     with bar(len(prompts), "decode") as progress:
-        for start in range(0, len(prompts), size):
-            batch = torch.from_numpy(np.ascontiguousarray(prompts[start : start + size], dtype=np.float32))
-            with backbone.lock, torch.inference_mode():
-                ids = backbone.generate(batch, max_new_tokens)
+        while len(answers) < len(prompts):
+            batch = torch.from_numpy(np.array(prompts[len(answers) : len(answers) + size], dtype=np.float32))
+            try:
+                with backbone.lock, torch.inference_mode():
+                    ids = backbone.generate(batch, max_new_tokens)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if size == 1:
+                    raise EncodingError(
+                        f"one answer of {max_new_tokens} tokens does not fit into the memory of {backbone.device}: "
+                        "lower max_new_tokens, or choose a smaller model or dtype"
+                    ) from error
+                size = max(1, min(size, len(batch)) // 2)
+                continue
             answers += [backbone.spec.checkpoint.tokenizer.decode(row) for row in ids]
             progress.update(len(batch))
     return answers

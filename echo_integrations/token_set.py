@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -30,10 +31,12 @@ from echo_integrations.config import EncoderSettings, InputError, Role, TokenSet
 
 HEADER = "token_set.json"
 FORMAT_VERSION = 1
-FILES = (HEADER, "tokens.safetensors", "adapter.safetensors", *released.FILES)
+FILES = (HEADER, "tokens.safetensors", "adapter.safetensors", "vocabulary.json", *released.FILES)
 """What there is to download of a token set in either layout."""
 
 _OWN_NAMES = {pattern.split("/")[0] for pattern in FILES}
+_NO_PART_OF_LORA = {"auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "peft_version"}
+_NO_PART_OF_LORA |= {"revision", "task_type"}
 _MAPS = ("reconstruction.weight", "reconstruction.bias", "alignment.weight", "alignment.bias")
 
 
@@ -120,8 +123,8 @@ class TokenSet:
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.float().contiguous().numpy().tobytes())
         if self.lora_config is not None:
-            scale = {key: self.lora_config.get(key) for key in ("r", "lora_alpha", "use_rslora", "target_modules")}
-            digest.update(json.dumps(scale, sort_keys=True, default=sorted).encode())
+            config = {key: value for key, value in self.lora_config.items() if key not in _NO_PART_OF_LORA}
+            digest.update(json.dumps(config, sort_keys=True, default=_plain).encode())
         return digest.hexdigest()
 
     @staticmethod
@@ -153,8 +156,8 @@ class TokenSet:
         Raises:
             TokenSetMismatchError: it is not; the message names both and what differs.
         """
-        key = (self.fingerprint, checkpoint, checkpoint.signature)
-        if key not in _seen_to_fit:
+        key = (checkpoint, checkpoint.signature)
+        if key not in self._fitting:
             different = self._differences(checkpoint)
             if different:
                 raise TokenSetMismatchError(
@@ -163,7 +166,12 @@ class TokenSet:
                     + f", the model is {checkpoint.name!r}: they differ in {', '.join(different)}; "
                     "use it with its own backbone, or train one for this model"
                 )
-            _seen_to_fit.add(key)
+            self._fitting.add(key)
+
+    @cached_property
+    def _fitting(self) -> set[Any]:
+        """Checkpoints that were seen to fit."""
+        return set()
 
     def _differences(self, checkpoint: Checkpoint) -> list[str]:
         identity = checkpoint.identity()
@@ -253,6 +261,8 @@ class TokenSet:
         if self.lora:
             lora = {name: tensor.contiguous() for name, tensor in self.lora.items()}
             (folder / "adapter.safetensors").write_bytes(save(lora))
+        if self.vocabulary:
+            (folder / "vocabulary.json").write_text(json.dumps(dict(self.vocabulary)), "utf-8")
         header = {
             "format_version": FORMAT_VERSION,
             "backbone": {"name": self.backbone, "revision": self.revision, "identity": dict(self.backbone_identity)},
@@ -265,13 +275,12 @@ class TokenSet:
             "teacher": self.teacher,
             "training": dict(self.training),
             "lora": self.lora_config and dict(self.lora_config),
-            "sha256": {path.name: _sha256(path) for path in sorted(folder.glob("*.safetensors"))},
+            "sha256": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
         }
-        (folder / HEADER).write_text(json.dumps(header, indent=2, ensure_ascii=False, default=_plain) + "\n", "utf-8")
+        header = json.loads(json.dumps(header, default=_plain))
+        header["checksum"] = _checksum(header)
+        (folder / HEADER).write_text(json.dumps(header, indent=2, ensure_ascii=False) + "\n", "utf-8")
         (folder / "README.md").write_text(_model_card(self), "utf-8")
-
-
-_seen_to_fit: set[Any] = set()
 
 
 def is_token_set(folder: Path) -> bool:
@@ -323,10 +332,18 @@ def _read_header(folder: Path) -> dict[str, Any]:
             f"{path} is of format version {version}, this version of echo-integrations reads {FORMAT_VERSION}: upgrade "
             'it (pip install -U "echo-integrations")'
         )
-    missing = {"backbone", "special_tokens", "compression_tokens", "sha256"} - header.keys()
-    if missing:
-        raise TokenSetError(f"{path} lacks {', '.join(sorted(missing))}: copy it again")
+    if header.get("checksum") != _checksum(header):
+        raise TokenSetError(
+            f"{path} is damaged or was edited: its checksum does not fit; copy it again, or change a set by loading "
+            "it, dataclasses.replace and save"
+        )
     return dict(header)
+
+
+def _checksum(header: Mapping[str, Any]) -> str:
+    """Of everything in a header but itself."""
+    content = {key: value for key, value in header.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _read(folder: Path) -> TokenSet:
@@ -339,7 +356,8 @@ def _read(folder: Path) -> TokenSet:
             raise TokenSetError(f"{folder} lacks {name}: copy it again")
         if _sha256(path) != sha256:
             raise TokenSetError(f"{path} is damaged: its SHA-256 is not the one in {HEADER}; copy it again")
-        tensors[name] = load_file(path)
+        if path.suffix == ".safetensors":
+            tensors[name] = load_file(path)
     if "tokens.safetensors" not in tensors or (header.get("lora") and "adapter.safetensors" not in tensors):
         raise TokenSetError(f"{folder / HEADER} does not list all files of the set: copy it again")
     maps = tensors["tokens.safetensors"]
@@ -359,6 +377,9 @@ def _read(folder: Path) -> TokenSet:
         training=header.get("training", {}),
         lora_config=header.get("lora"),
         lora=tensors.get("adapter.safetensors", {}),
+        vocabulary=json.loads((folder / "vocabulary.json").read_text("utf-8"))
+        if "vocabulary.json" in header["sha256"]
+        else {},
     )
 
 
@@ -370,21 +391,26 @@ def _write_folder(path: Path, mark: str, write: Callable[[Path], None]) -> None:
     if path.exists() and not (path.is_dir() and ((path / mark).is_file() or not any(path.iterdir()))):
         raise InputError(f"{path} holds something else than {mark} and its files: choose another place")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as work:
-        fresh, old = Path(work) / "new", Path(work) / "old"
+    work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    fresh, old = work / "new", work / "old"
+    try:
         fresh.mkdir()
         write(fresh)
-        if path.exists():
-            path.rename(old)
+        for other in path.iterdir() if path.exists() else ():
+            if other.name not in _OWN_NAMES and not (fresh / other.name).exists():
+                copy = shutil.copytree if other.is_dir() else shutil.copy2
+                copy(other, fresh / other.name)
         try:
+            if path.exists():
+                path.rename(old)
             fresh.rename(path)
-        except OSError:
-            if old.exists():
+        except BaseException:
+            if old.exists() and not path.exists():
                 old.rename(path)
             raise
-        for other in old.iterdir() if old.exists() else ():
-            if other.name not in _OWN_NAMES and not (path / other.name).exists():
-                other.rename(path / other.name)
+    finally:
+        if path.exists() or not old.exists():  # else the old one is in there, the only one
+            shutil.rmtree(work)
 
 
 def _sha256(path: Path) -> str:

@@ -651,3 +651,13 @@ def test_the_fingerprint_follows_tokens_and_instructions(gen: Mini, tmp_path: Pa
     assert len({gen(**change).fingerprint for change in [{}, *changes]}) == len(changes) + 1
     same = {"document_instruction": gen().instruction("document"), "query_instruction": "Reworded:"}
     assert gen(**same).fingerprint == gen().fingerprint
+
+
+def test_threads_with_token_sets_of_their_own(gen: Mini, tmp_path: Path) -> None:
+    sets = [tiny.token_set("echo-mini", tmp_path / str(i), seed=i, dimension=8 + i) for i in range(4)]
+    encoders = [gen(token_set=path) for path in sets]
+    expected = [encoder.encode(TEXTS[:6]) for encoder in encoders]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: encoders[i % 4].encode(TEXTS[:6]), range(16)))
+    for i, vectors in enumerate(found):
+        assert np.abs(vectors - expected[i % 4]).max() <= 1e-5 * np.abs(expected[i % 4]).max()

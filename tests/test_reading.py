@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from echo_integrations.config import InputError, ModelLoadError
+from echo_integrations.config import EncodingError, InputError, ModelLoadError
 from echo_integrations.encoder import Encoder
 from echo_integrations.resolve import resolve
 from tests import reference, tiny
@@ -196,3 +196,29 @@ def test_with_lora_the_plain_lm_answers(tiny_model: Tiny, tmp_path: Path) -> Non
     with torch.inference_mode():
         assert backbone_of(adapted).generate(torch.from_numpy(soft), 12) == expected
     np.testing.assert_array_equal(adapted.encode(TEXTS, return_soft_prompts=True)[1], soft)  # and is back afterwards
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(gen: Any) -> None:
+    encoder = gen()
+    expected = encoder.decode(TEXTS, max_new_tokens=6)
+    soft = encoder.encode(TEXTS, return_soft_prompts=True)[1]
+    most = 2
+
+    def little_memory(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        inputs = kwargs.get("inputs_embeds")
+        if len(kwargs["input_ids"] if inputs is None else inputs) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = backbone_of(encoder).lm.register_forward_pre_hook(little_memory, with_kwargs=True)
+    try:
+        assert encoder.decode(soft_prompts=soft, max_new_tokens=6) == expected
+        most = 0
+        with pytest.raises(EncodingError, match="one answer of 6 tokens does not fit into the memory of cpu"):
+            encoder.decode(soft_prompts=soft, max_new_tokens=6)
+    finally:
+        handle.remove()
+
+
+def test_arrays_of_texts_are_lists_too(gen: Any) -> None:
+    encoder = gen()
+    assert encoder.decode(np.array(TEXTS), max_new_tokens=4) == encoder.decode(TEXTS, max_new_tokens=4)

@@ -121,3 +121,10 @@ def test_the_mode_has_no_templates_and_no_choice_of_pooling(own: Path, setting: 
     with pytest.raises(ValidationError, match=f"{next(iter(setting))} cannot be chosen in mode 'llm2vec-gen'"):
         gen(token_set=own, **setting)
     assert gen(token_set=own, pooling="mean", query_template=None).pooling == "mean"
+
+
+def test_a_revision_that_would_be_ignored_is_refused(own: Path) -> None:
+    with pytest.raises(ValidationError, match="token_set_revision was given without token_set"):
+        gen(model="echo-mini", token_set_revision="v1")
+    with pytest.raises(ValidationError, match="revision is the model's, and no model is named"):
+        gen(token_set=own, revision="v1")

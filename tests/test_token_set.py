@@ -77,8 +77,11 @@ def test_the_fingerprint_is_of_what_makes_the_vectors() -> None:
     changed = maps()
     changed["alignment.bias"] = changed["alignment.bias"] + 1
     lora = {"lora_config": {"peft_type": "LORA", "r": 2}, "lora": {"a.lora_A.weight": torch.ones(2, 4)}}
-    others = [small(compression=1), small(rows=torch.zeros(5, 4)), small(maps=changed), small(**lora)]
-    assert len({small().fingerprint, *(other.fingerprint for other in others)}) == 5
+    scaled = {**lora, "lora_config": {**lora["lora_config"], "alpha_pattern": {"a": 4}}}
+    others = [small(compression=1), small(rows=torch.zeros(5, 4)), small(maps=changed), small(**lora), small(**scaled)]
+    assert len({small().fingerprint, *(other.fingerprint for other in others)}) == 6
+    moved = {**lora, "lora_config": {**lora["lora_config"], "base_model_name_or_path": "elsewhere"}}
+    assert small(**moved).fingerprint == small(**lora).fingerprint
 
 
 # --- on disk
@@ -215,13 +218,13 @@ def test_a_future_version_says_upgrade(tmp_path: Path, version: Any) -> None:
         TokenSet.load(tmp_path / "set")
 
 
-def test_a_header_without_an_entry_is_refused(tmp_path: Path) -> None:
+def test_any_change_of_the_header_is_noticed(tmp_path: Path) -> None:
     small().save(tmp_path / "set")
     header = json.loads((tmp_path / "set" / "token_set.json").read_text())
-    del header["sha256"]
-    (tmp_path / "set" / "token_set.json").write_text(json.dumps(header))
-    with pytest.raises(TokenSetError, match="lacks sha256"):
-        TokenSet.load(tmp_path / "set")
+    for change in ({"sha256": []}, {"compression_tokens": 1}, {"instructions": {"query": "Other:"}}, {"backbone": {}}):
+        (tmp_path / "set" / "token_set.json").write_text(json.dumps({**header, **change}))
+        with pytest.raises(TokenSetError, match="is damaged or was edited: its checksum does not fit"):
+            TokenSet.load(tmp_path / "set")
 
 
 def test_no_set_at_all(tmp_path: Path) -> None:
@@ -310,3 +313,30 @@ def test_a_released_set_is_checked_by_size_and_vocabulary(tiny_model: Tiny, data
         released.check(checkpoint(renamed))
     with pytest.raises(TokenSetMismatchError, match="hidden size .64 there, 32 here., vocabulary"):
         released.check(checkpoint(tiny_model("qwen3")))
+
+
+def test_a_released_set_saved_in_our_format_knows_its_vocabulary(tiny_model: Tiny, data: Path, tmp_path: Path) -> None:
+    TokenSet.load(data / "llama" / "llm2vec_gen").save(tmp_path / "own")
+    saved = TokenSet.load(tmp_path / "own")
+    saved.check(checkpoint(data / "llama" / "base"))
+    with pytest.raises(TokenSetMismatchError, match="hidden size .64 there, 32 here., vocabulary"):
+        saved.check(checkpoint(tiny_model("qwen3")))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_an_interrupted_move_puts_the_old_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
+    small().save(tmp_path / "set")
+    (tmp_path / "set" / "notes.txt").write_text("keep")
+    rename = Path.rename
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            raise error
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(BaseException):  # noqa: B017, PT011
+        small(compression=1).save(tmp_path / "set")
+    assert TokenSet.load(tmp_path / "set").compression == 2
+    assert (tmp_path / "set" / "notes.txt").read_text() == "keep"
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]

@@ -24,8 +24,8 @@ from transformers import TrainingArguments
 
 from echo_integrations import __version__
 from echo_integrations.backbone import Backbone, BackboneSpec, load, registry
-from echo_integrations.checkpoint import Checkpoint
-from echo_integrations.config import InputError, Role
+from echo_integrations.checkpoint import Checkpoint, Place
+from echo_integrations.config import BUILT_IN_MODEL, InputError, Role
 from echo_integrations.device import choose_device
 from echo_integrations.encoder import Encoder
 from echo_integrations.token_set import HEADER, TokenSet
@@ -182,7 +182,7 @@ class _Run:
         metrics = self.validation(loop.state.global_step) if self.validation else {}
         data = {"hash": self.hash, "examples": len(self.examples), "validation": len(self.held_out)}
         token_set = self.student.token_set(
-            backbone=self.config.model,
+            backbone=_lasting(self.config.model),
             revision=self.checkpoint.revision,
             backbone_identity=self.checkpoint.identity(),
             instructions={**(self.start.instructions if self.start else {}), **_instructions(self.config)},
@@ -287,6 +287,12 @@ def _teacher(teacher: Any, config: TrainingConfig) -> Teacher:
 def _instructions(config: TrainingConfig) -> dict[Role, str]:
     given = {Role.QUERY: config.query_instruction, Role.DOCUMENT: config.document_instruction}
     return {role: text for role, text in given.items() if text is not None}
+
+
+def _lasting(model: str) -> str:
+    """A local folder by its absolute path, so that the set finds it from elsewhere; a name as it is."""
+    folder = Place.local(model)
+    return model if folder is None or model == BUILT_IN_MODEL else str(folder.resolve())
 
 
 def _versions() -> dict[str, str]:
