@@ -346,7 +346,7 @@ def test_what_cannot_be_pickled_stays_with_the_original(kind: Kind, caplog: pyte
 
 @pytest.mark.parametrize(
     ("kind", "asynchronous"),
-    [(EchoEmbedding, False), (EchoEmbedding, True), (LLM2VecGenEmbedding, False)],
+    [(LLM2VecGenEmbedding, False), (EchoEmbedding, True)],
     indirect=["kind"],
 )
 async def test_pipeline_workers_give_the_same_vectors(kind: Kind, asynchronous: bool) -> None:
