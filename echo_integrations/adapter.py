@@ -149,6 +149,7 @@ def share_lm(encoder: Encoder, build: Callable[[Any, Any], T]) -> T:
         str(checkpoint.folder), trust_remote_code=checkpoint.trust_remote_code, local_files_only=True
     )
     tokenizer.model_input_names = ["input_ids", "attention_mask"]  # causal LMs have no use for token types
+    tokenizer.padding_side = "left"  # an answer goes on from the end of its prompt
     if tokenizer.pad_token is None:  # masked wherever it stands
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.convert_ids_to_tokens(0)
     generator = build(lm, tokenizer)

@@ -100,7 +100,9 @@ def as_teacher(embedder: Any, *, name: str | None = None, fingerprint: str | Non
     if library is not None and isinstance(embedder, library.SentenceTransformer):
         config = getattr(getattr(embedder[0], "auto_model", None), "config", None)
         model_name = getattr(config, "_name_or_path", None) or "a SentenceTransformer"
-        return _Wrapped(name or model_name, fingerprint or _fingerprint_of_weights(embedder), _encode_with(embedder))
+        return _Wrapped(
+            name or _shown(model_name), fingerprint or _fingerprint_of_weights(embedder), _encode_with(embedder)
+        )
     embed = getattr(embedder, "embed_documents", None) or getattr(embedder, "get_text_embedding_batch", None)
     if embed is not None:
         space = {"class": _class_name(embedder), "settings": _settings_of(embedder)}
