@@ -88,7 +88,7 @@ class Encoder(EncoderSettings):
             >>> Encoder(model="echo-mini").dimension
             256
         """
-        checkpoint, token_set = self._resolve()
+        checkpoint, token_set = resolve(self)
         size = checkpoint.hidden_size if token_set is None else token_set.dimension
         if self.truncate_dim is not None and self.truncate_dim > size:
             raise InputError(f"truncate_dim={self.truncate_dim} is more than the {size} components there are")
@@ -120,7 +120,7 @@ class Encoder(EncoderSettings):
             >>> Encoder(mode="classical").vector_space()["document_template"]
             '{%%text%%}'
         """
-        checkpoint, token_set = self._resolve()
+        checkpoint, token_set = resolve(self)
         query, document = (self._recipe(role, checkpoint, token_set) for role in (Role.QUERY, Role.DOCUMENT))
         if isinstance(query, Recipe) and isinstance(document, Recipe):
             layout = {
@@ -416,7 +416,7 @@ class Encoder(EncoderSettings):
         self, texts: Iterable[str], role: Role, instruction: str | None, first: int = 0
     ) -> Iterator[tuple[Positions, Vectors, Any]]:
         """As `encode_batches`, with the (m, N, H) states of compression tokens, if there are any."""
-        checkpoint, token_set = self._resolve()
+        checkpoint, token_set = resolve(self)
         instruction = next(checked([self.instruction(role) if instruction is None else instruction], "instruction"))
         recipe = self._recipe(role, checkpoint, token_set)
         report = TruncationReport(self.on_truncate, recipe)
@@ -443,14 +443,11 @@ class Encoder(EncoderSettings):
         quiet = True if self.show_progress is False else None if self.show_progress is None else False
         return tqdm(total=total, desc=what, unit="text", disable=quiet, delay=2 if self.show_progress is None else 0)
 
-    def _resolve(self) -> tuple[Checkpoint, TokenSet | None]:
-        return resolve(self)
-
     def _backbone(self, checkpoint: Checkpoint, token_set: TokenSet | None) -> Backbone:
         return registry.acquire(BackboneSpec.of(self, checkpoint, token_set), self)
 
     def _backbone_of_token_set(self, what: str) -> tuple[Backbone, TokenSet]:
-        checkpoint, token_set = self._resolve()
+        checkpoint, token_set = resolve(self)
         if token_set is None:
             raise InputError(f"{what} needs mode='llm2vec-gen', the mode is {str(self.mode)!r}")
         return self._backbone(checkpoint, token_set), token_set

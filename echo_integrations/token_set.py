@@ -31,7 +31,8 @@ from echo_integrations.config import EncoderSettings, InputError, Role, TokenSet
 
 HEADER = "token_set.json"
 FORMAT_VERSION = 1
-FILES = (HEADER, "tokens.safetensors", "adapter.safetensors", "vocabulary.json", *released.FILES)
+_OWN_FILES = (HEADER, "tokens.safetensors", "adapter.safetensors", "vocabulary.json")
+FILES = (*_OWN_FILES, *released.FILES)
 """What there is to download of a token set in either layout."""
 
 _OWN_NAMES = {pattern.split("/")[0] for pattern in FILES}
@@ -147,7 +148,8 @@ class TokenSet:
             TokenSetError: damaged, incomplete, of a future version, or no token set.
         """
         folder = Place(token, cache_folder).find(str(name), revision, patterns=FILES)
-        paths = [path for pattern in FILES for path in sorted(folder.glob(pattern)) if path.is_file()]
+        patterns = _OWN_FILES if (folder / HEADER).is_file() else released.FILES
+        paths = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
         return _load(folder, tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths))
 
     def check(self, checkpoint: Checkpoint) -> None:
@@ -294,19 +296,26 @@ def count_tokens(folder: Path) -> int:
     Raises:
         TokenSetError: no token set, or its header cannot be read.
     """
-    if (folder / HEADER).is_file():
+    if _is_own(folder):
         return len(_read_header(folder)["special_tokens"])
-    if not released.is_released(folder):
-        raise TokenSetError(f"{folder} holds no token set (neither {HEADER} nor {released.RUN_CONFIG})")
     return len(released.read_header(folder)[1])
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether a token set is in this package's format rather than the released one.
+
+    Raises:
+        TokenSetError: it is no token set at all.
+    """
+    if not is_token_set(folder):
+        raise TokenSetError(f"{folder} holds no token set (neither {HEADER} nor {released.RUN_CONFIG})")
+    return (folder / HEADER).is_file()
 
 
 @lru_cache(maxsize=128)
 def _load(folder: Path, stats: tuple[tuple[str, int, int], ...]) -> TokenSet:
-    if (folder / HEADER).is_file():
+    if _is_own(folder):
         return _read(folder)
-    if not released.is_released(folder):
-        raise TokenSetError(f"{folder} holds no token set (neither {HEADER} nor {released.RUN_CONFIG})")
     contents = released.read(folder)
     return TokenSet(
         rows=contents.rows,
