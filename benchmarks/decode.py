@@ -20,7 +20,8 @@ from common import ASSETS, build_qwen3_600m, machine
 from token_sets import random_token_set
 
 from echo_integrations import Encoder, backbone
-from echo_integrations.backbone import Backbone, BackboneSpec, registry
+from echo_integrations.backbone import Backbone, BackboneSpec
+from echo_integrations.registry import registry
 from echo_integrations.resolve import resolve
 
 

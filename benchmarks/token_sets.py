@@ -23,11 +23,12 @@ import torch
 from common import ASSETS, build_qwen3_600m, machine, textbook_texts
 
 from echo_integrations import Encoder
-from echo_integrations.backbone import BackboneSpec, registry
+from echo_integrations.backbone import BackboneSpec
 from echo_integrations.checkpoint import Checkpoint
 from echo_integrations.config import Role
 from echo_integrations.forward import Row, embed
-from echo_integrations.resolve import resolve
+from echo_integrations.registry import registry
+from echo_integrations.resolve import recipe_of, resolve
 from echo_integrations.token_set import TokenSet
 
 TOKENS = 20
@@ -52,7 +53,7 @@ def random_token_set(model: Path, folder: Path, seed: int, dimension: int = 384)
 def rows_of(encoder: Encoder, texts: list[str]) -> list[Row]:
     """The texts laid out for a token set, as the encoder does it."""
     checkpoint, token_set = resolve(encoder)
-    rendered = encoder._recipe(Role.DOCUMENT, checkpoint, token_set).render(texts)
+    rendered = recipe_of(encoder, Role.DOCUMENT, checkpoint, token_set).render(texts)
     return [Row(r, text, token_set) for r, text in zip(rendered, texts, strict=True)]
 
 

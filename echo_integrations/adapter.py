@@ -5,15 +5,17 @@ This module knows nothing of any framework.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 from transformers import AutoTokenizer
 
-from echo_integrations.backbone import BackboneSpec, registry
-from echo_integrations.config import EncoderSettings, InputError, Mode
+from echo_integrations.backbone import BackboneSpec
+from echo_integrations.config import EncoderSettings, InputError, Mode, Role
 from echo_integrations.encoder import Encoder
+from echo_integrations.registry import registry
 from echo_integrations.resolve import resolve
 
 T = TypeVar("T")
@@ -117,6 +119,17 @@ def instructions(query: str | None, document: str | None) -> dict[str, str]:
     """
     given = {"query_instruction": query, "document_instruction": document}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def cache_name(encoder: Encoder, role: Role) -> str:
+    """What keeps cached vectors of a role apart from all others: letters, digits, ``_``; needs the model's files.
+
+    Example:
+        >>> cache_name(Encoder(), Role.QUERY).count("_query_")
+        1
+    """
+    instruction = hashlib.sha256(encoder.instruction(role).encode()).hexdigest()[:16]
+    return f"{encoder.fingerprint}_{role}_{instruction}"
 
 
 def share_lm(encoder: Encoder, build: Callable[[Any, Any], T]) -> T:

@@ -1,15 +1,13 @@
-"""The model itself: loaded once per process, shared by everyone who asks for the same one, and run.
+"""The model itself, loaded and run.
 
 The only module that runs a model. It knows nothing of texts, templates or vector spaces.
 """
 
 from __future__ import annotations
 
-import gc
-import os
 import sys
-import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -24,13 +22,16 @@ from transformers.utils import logging
 
 from echo_integrations.checkpoint import Checkpoint
 from echo_integrations.config import EncoderSettings, EncodingError, ModelLoadError, TokenSetError, canonical_json
-from echo_integrations.device import advice_after_fork, choose_device, choose_dtype, is_forked
+from echo_integrations.device import advice_after_fork, choose_device, choose_dtype, is_forked, send
+from echo_integrations.prefix import Prefix, can_share
 from echo_integrations.token_set import TokenSet
+from echo_integrations.worker import Worker
 
 Ids = NDArray[np.int32]
 
 _CPU_TOKEN_BUDGET = 2048
 _GPU_TOKEN_BUDGET = 32768
+_PREFIXES = 8  # that are kept
 # said in full, because what is left out would be taken from the model's own generation settings
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 GREEDY |= {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
@@ -112,7 +113,8 @@ class Backbone:
         device: where its inputs go.
         token_budget: tokens in one forward pass that suit the device.
         memory_limit: tokens that one forward pass may hold; lowered for good when memory runs out.
-        lock: held by whoever runs it, so that concurrent calls never add up their memory.
+        worker: the thread that runs it, so that concurrent calls share batches and never add up their memory.
+        shares_prefixes: whether `hidden_states` can take tokens that all rows begin with from memory.
     """
 
     def __init__(self, spec: BackboneSpec, model: Any, lm: Any = None) -> None:
@@ -123,11 +125,15 @@ class Backbone:
         self.device: torch.device = self._embedding.weight.device
         self.token_budget = _CPU_TOKEN_BUDGET if self.device.type == "cpu" else _GPU_TOKEN_BUDGET
         self.memory_limit = sys.maxsize
-        self.lock = threading.Lock()
+        self.worker = Worker("forward")
+        self.shares_prefixes = can_share(spec.checkpoint.config) and not spec.checkpoint.trust_remote_code
+        self._prefixes: OrderedDict[bytes, Prefix] = OrderedDict()
         self._vocabulary: int = self._embedding.weight.shape[0]
         self._heads: weakref.WeakKeyDictionary[TokenSet, Head] = weakref.WeakKeyDictionary()
 
-    def hidden_states(self, rows: Sequence[Ids], token_sets: Sequence[TokenSet | None] | None = None) -> Tensor:
+    def hidden_states(
+        self, rows: Sequence[Ids], token_sets: Sequence[TokenSet | None] | None = None, shared: int = 0
+    ) -> Tensor:
         """Run the model on token ids, each row followed by the trained vectors of its token set, if it has one.
 
         Rows are padded on the right and no mask is passed: attention is causal, so no position sees the padding
@@ -136,33 +142,50 @@ class Backbone:
         Args:
             rows: for each text its (T_i,) token ids.
             token_sets: for each text its token set or None; None for none at all.
+            shared: how many tokens all rows begin with that need not be computed for each; their hidden states are
+                not returned, and their keys and values are kept for the next batch.
 
         Returns:
-            (B, T, H) last hidden states, after the final norm; rows shorter than T end in meaningless ones.
+            (B, T - shared, H) last hidden states, after the final norm; rows shorter than T end in meaningless ones.
         """
         token_sets = token_sets or [None] * len(rows)
         heads = [None if tokens is None else self.head(tokens) for tokens in token_sets]
+        cache = self._prefix(rows[0][:shared]) if shared else None
+        rows = [ids[shared:] for ids in rows]
         sizes = [len(ids) + (0 if head is None else len(head.rows)) for ids, head in zip(rows, heads, strict=True)]
-        ids = np.zeros((len(rows), max(sizes)), dtype=np.int64)  # (B, T)
+        ids = np.zeros((len(rows), max(sizes)), dtype=np.int64)  # (B, T - shared)
         for row, row_ids in zip(ids, rows, strict=True):
             row[: len(row_ids)] = row_ids
+        input_ids = self._on_device(ids)
+        inputs: dict[str, Tensor] = {"input_ids": input_ids}
+        if used := {head for head in heads if head is not None}:
+            embeddings = self._embedding(input_ids)  # (B, T - shared, H)
+            for head in used:
+                owners = [row for row, own in enumerate(heads) if own is head]
+                starts = send(torch.tensor([len(rows[row]) for row in owners]), self.device)
+                places = starts[:, None] + torch.arange(len(head.rows), device=self.device)  # (b, M)
+                embeddings[send(torch.tensor(owners), self.device)[:, None], places] = head.rows
+            inputs = {"inputs_embeds": embeddings}
+        hidden: Tensor = self.model(**inputs, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+        return hidden
+
+    def _prefix(self, ids: Ids) -> Prefix:
+        """Keys and values of tokens that texts begin with; those of the last few are kept."""
+        key = ids.tobytes()
+        prefix = self._prefixes.pop(key, None) or Prefix.of(self.model, self._on_device(ids[None].astype(np.int64)))
+        self._prefixes[key] = prefix
+        if len(self._prefixes) > _PREFIXES:
+            self._prefixes.popitem(last=False)
+        return prefix
+
+    def _on_device(self, ids: NDArray[np.int64]) -> Tensor:
+        """Token ids, each seen to have an embedding."""
         if ids.max() >= self._vocabulary:
             raise EncodingError(
                 f"the tokenizer of {self.spec.checkpoint.name!r} gave token {ids.max()}, its model has only "
                 f"{self._vocabulary} embedding rows: the two do not belong together"
             )
-        input_ids = torch.from_numpy(ids).to(self.device)
-        inputs: dict[str, Tensor] = {"input_ids": input_ids}
-        if used := {head for head in heads if head is not None}:
-            embeddings = self._embedding(input_ids)  # (B, T, H)
-            for head in used:
-                owners = [row for row, own in enumerate(heads) if own is head]
-                starts = torch.tensor([len(rows[row]) for row in owners], device=self.device)
-                places = starts[:, None] + torch.arange(len(head.rows), device=self.device)  # (b, M)
-                embeddings[torch.tensor(owners, device=self.device)[:, None], places] = head.rows
-            inputs = {"inputs_embeds": embeddings}
-        hidden: Tensor = self.model(**inputs, use_cache=False).last_hidden_state
-        return hidden
+        return send(torch.from_numpy(ids), self.device)
 
     def head(self, token_set: TokenSet) -> Head:
         """A token set's tensors on this backbone's device; copied there once, while somebody holds the set."""
@@ -191,6 +214,7 @@ class Backbone:
             )
         return self.lm
 
+    @torch.inference_mode()
     def generate(self, soft_prompts: Tensor, max_new_tokens: int) -> list[list[int]]:
         """Continue soft prompts greedily with the plain LM, all at once, with a key-value cache.
 
@@ -222,6 +246,7 @@ class Backbone:
             answers.append(row[:stop])
         return answers
 
+    @torch.inference_mode()
     def next_tokens(self, states: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """The LM head on hidden states: (..., H) -> (..., K) probabilities and token ids, the likeliest first.
 
@@ -252,64 +277,6 @@ class Backbone:
         """Meanwhile a token set's adapter is out of the way."""
         with self.model.disable_adapter() if self.spec.token_set is not None else nullcontext():
             yield
-
-
-class Registry:
-    """The backbones of this process, each with the objects that use it."""
-
-    def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        """Start with nothing loaded and nobody waiting."""
-        self._lock = threading.Lock()
-        self._loading = threading.Lock()  # one load at a time: transformers changes global state meanwhile
-        self._backbones: dict[BackboneSpec, Backbone] = {}
-        self._users: dict[BackboneSpec, weakref.WeakValueDictionary[int, Any]] = {}
-
-    def acquire(self, spec: BackboneSpec, user: object) -> Backbone:
-        """The backbone for a spec, loaded at the first request; ``user`` is counted until it releases or dies."""
-        if backbone := self._join(spec, user):
-            return backbone
-        with self._loading:
-            if backbone := self._join(spec, user):
-                return backbone
-            backbone = load(spec)
-            with self._lock:
-                self._backbones[spec] = backbone
-                self._users[spec] = weakref.WeakValueDictionary({id(user): user})
-            return backbone
-
-    def _join(self, spec: BackboneSpec, user: object) -> Backbone | None:
-        with self._lock:
-            if spec in self._backbones:
-                self._users[spec][id(user)] = user
-            return self._backbones.get(spec)
-
-    def release(self, user: object) -> None:
-        """Count ``user`` out everywhere; a backbone's last user to go frees its memory.
-
-        A user that is garbage-collected is counted out as well, but frees nothing: Chroma builds its embedding
-        functions anew for every query, and the model must outlive them. A pass under way ends first.
-        """
-        gc.collect()  # users that refer to themselves are gone only then
-        with self._lock:
-            for spec, users in list(self._users.items()):
-                if users.pop(id(user), None) is not None and not users:
-                    del self._backbones[spec], self._users[spec]
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    def loaded(self) -> list[BackboneSpec]:
-        """What is in memory now."""
-        return list(self._backbones)
-
-
-registry = Registry()
-
-if hasattr(os, "register_at_fork"):  # a child owns none of its parent's locks or GPU contexts: it loads anew when asked
-    os.register_at_fork(after_in_child=registry.forget)
 
 
 def load(spec: BackboneSpec) -> Backbone:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -91,3 +91,26 @@ def slices(texts: Iterable[str], characters: int, max_texts: int) -> Iterator[li
         size += len(text)
     if run:
         yield run
+
+
+def one_ahead(items: Iterable[T]) -> Generator[T, None, None]:
+    """Each item once the next one has been made, too; what making that raises comes after the item before it.
+
+    Example:
+        >>> made = []
+        >>> for item in one_ahead(made.append(i) or i for i in range(3)):
+        ...     print(item, made)
+        0 [0, 1]
+        1 [0, 1, 2]
+        2 [0, 1, 2]
+    """
+    source = iter(items)
+    waiting: list[T] = []
+    try:
+        for item in source:
+            yield from waiting
+            waiting = [item]
+    except Exception:
+        yield from waiting
+        raise
+    yield from waiting

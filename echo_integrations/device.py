@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from echo_integrations.config import ModelLoadError
 
@@ -88,3 +91,42 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(
         sign in str(error) for sign in ("can't allocate memory", "out of memory", "not enough memory")
     )
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device; nobody waits for what the device is doing.
+
+    Example:
+        >>> send(torch.ones(2), torch.device("cpu")).tolist()
+        [1.0, 1.0]
+    """
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+class Arriving:
+    """A tensor on its way from its device to the CPU; nobody waits until it is needed.
+
+    Args:
+        tensor: float32, of any shape.
+
+    Example:
+        >>> Arriving(torch.ones(2)).numpy().tolist()
+        [1.0, 1.0]
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if tensor.device.type == "cuda":
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record(torch.cuda.current_stream(tensor.device))
+        else:
+            self._host = tensor.cpu()
+
+    def numpy(self) -> NDArray[np.float32]:
+        """It, when it is there."""
+        if self._event is not None:
+            self._event.synchronize()
+        values: NDArray[np.float32] = self._host.numpy()
+        return values

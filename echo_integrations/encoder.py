@@ -1,15 +1,16 @@
 """`Encoder`: from texts to vectors, in the caller's order.
 
-The path of a text: ``Recipe.render`` lays it out, ``forward.embed`` groups it with texts of similar length,
-runs the model, pools the marked positions and applies a token set's maps, `Encoder._finish` cuts and normalises.
+The path of a text: `Call` lays it out by its recipe, ``forward.embed`` groups it with texts of similar length, runs the
+model, pools the marked positions and applies a token set's maps, `Call` cuts, normalises and puts it in its place.
 This module knows nothing of frameworks.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -17,30 +18,20 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from echo_integrations import reading
-from echo_integrations.backbone import Backbone, BackboneSpec, registry
-from echo_integrations.batching import distinct, windows
-from echo_integrations.checkpoint import Checkpoint
-from echo_integrations.config import (
-    DEFAULT_INSTRUCTIONS,
-    EncoderSettings,
-    EncodingError,
-    InputError,
-    Mode,
-    Role,
-    canonical_json,
-)
-from echo_integrations.forward import Row, embed
+from echo_integrations.backbone import Backbone, BackboneSpec
+from echo_integrations.batching import windows
+from echo_integrations.config import EncoderSettings, InputError, Mode, Role, canonical_json
+from echo_integrations.pipeline import Call
 from echo_integrations.reading import LensToken
-from echo_integrations.recipe import Recipe, TokenRecipe, check_template, resolve_template
-from echo_integrations.resolve import check_token_set, find_token_set, resolve
-from echo_integrations.texts import TruncationReport, checked, render_ahead
+from echo_integrations.recipe import Recipe, check_template, resolve_template
+from echo_integrations.registry import registry
+from echo_integrations.resolve import check_token_set, instruction_of, recipe_of, resolve
+from echo_integrations.texts import checked
 from echo_integrations.token_set import TokenSet
 
 Vectors = NDArray[np.float32]
 Positions = NDArray[np.int64]
 
-_WINDOW = 65_536  # texts that are sorted together, unless their characters come to more than
-_WINDOW_CHARACTERS = 33_554_432
 _OPERATIONAL = {  # model_kwargs that do not change a vector
     *("device_map", "max_memory", "low_cpu_mem_usage", "offload_buffers", "offload_folder", "offload_state_dict"),
     *("tp_plan", "tp_size", "use_kernels", "allow_all_kernels"),
@@ -121,7 +112,7 @@ class Encoder(EncoderSettings):
             '{%%text%%}'
         """
         checkpoint, token_set = resolve(self)
-        query, document = (self._recipe(role, checkpoint, token_set) for role in (Role.QUERY, Role.DOCUMENT))
+        query, document = (recipe_of(self, role, checkpoint, token_set) for role in (Role.QUERY, Role.DOCUMENT))
         if isinstance(query, Recipe) and isinstance(document, Recipe):
             layout = {
                 "query_template": query.template,
@@ -152,11 +143,7 @@ class Encoder(EncoderSettings):
             >>> Encoder(mode="classical").instruction("query")
             ''
         """
-        role = Role(role)
-        setting = self.query_instruction if role is Role.QUERY else self.document_instruction
-        if setting is None and (token_set := find_token_set(self)) is not None:
-            return token_set.instructions.get(role, DEFAULT_INSTRUCTIONS[role])
-        return setting or ""
+        return instruction_of(self, Role(role))
 
     @overload
     def encode(
@@ -238,6 +225,40 @@ class Encoder(EncoderSettings):
         """
         return self._encode(texts, Role.QUERY, instruction)
 
+    async def aencode(
+        self, texts: str | Iterable[str], *, role: Role | str = Role.DOCUMENT, instruction: str | None = None
+    ) -> Vectors:
+        """As `encode`, on any event loop, which stays free: calls that come at once share batches.
+
+        A call that is cancelled gives up its place.
+
+        Example:
+            >>> import asyncio
+            >>> async def ask(*questions):
+            ...     return await asyncio.gather(*(Encoder().aencode(q, role="query") for q in questions))
+            >>> len(asyncio.run(ask("how do I reset the pump?", "where is the valve?")))
+            2
+        """
+        if isinstance(texts, str):
+            vector: Vectors = (await self.aencode([texts], role=role, instruction=instruction))[0]
+            return vector
+        texts = list(checked(texts))
+        call, size = await asyncio.to_thread(lambda: (Call(self, Role(role), instruction), self.dimension))
+        result = np.empty((len(texts), size), dtype=np.float32)
+        with self._bar(len(texts), "encode") as bar:
+            async for batch in call.abatches(texts):
+                result[batch.positions] = batch.vectors
+                bar.update(len(batch.positions))
+        return result
+
+    async def aencode_document(self, texts: str | Iterable[str], instruction: str | None = None) -> Vectors:
+        """As `encode_document`, on any event loop; see `aencode`."""
+        return await self.aencode(texts, instruction=instruction)
+
+    async def aencode_query(self, texts: str | Iterable[str], instruction: str | None = None) -> Vectors:
+        """As `encode_query`, on any event loop; see `aencode`."""
+        return await self.aencode(texts, role=Role.QUERY, instruction=instruction)
+
     def encode_iter(
         self,
         texts: Iterable[str],
@@ -289,8 +310,8 @@ class Encoder(EncoderSettings):
             >>> [(positions.tolist(), vectors.shape) for positions, vectors in Encoder().encode_batches(["a", "b"])]
             [([0, 1], (2, 256))]
         """
-        for positions, vectors, _ in self._batches(texts, Role(role), instruction, first):
-            yield positions, vectors
+        for batch in Call(self, Role(role), instruction, first).batches(texts):
+            yield batch.positions, batch.vectors
 
     def decode(
         self,
@@ -367,8 +388,9 @@ class Encoder(EncoderSettings):
         backbone.causal_lm()
         listed = list(checked([texts] if isinstance(texts, str) else texts))
         lens: list[list[list[LensToken]]] = [[]] * len(listed)
-        for positions, _, states in self._batches(listed, Role(role), instruction):
-            for position, tokens in zip(positions, reading.explain(backbone, states, top_k), strict=True):
+        for batch in Call(self, Role(role), instruction).batches(listed):
+            assert batch.states is not None
+            for position, tokens in zip(batch.positions, reading.explain(backbone, batch.states, top_k), strict=True):
                 lens[position] = tokens
         return lens
 
@@ -406,73 +428,23 @@ class Encoder(EncoderSettings):
         result = np.empty((len(texts), self.dimension), dtype=np.float32)
         soft = np.empty((len(texts), token_set.compression, token_set.hidden_size), dtype=np.float32)
         with self._bar(len(texts), "encode") as bar:
-            for positions, vectors, states in self._batches(texts, role, instruction):
-                result[positions] = vectors
-                soft[positions] = reading.soft_prompts(backbone, token_set, states)
-                bar.update(len(positions))
+            for batch in Call(self, role, instruction).batches(texts):
+                assert batch.states is not None
+                result[batch.positions] = batch.vectors
+                soft[batch.positions] = reading.soft_prompts(backbone, token_set, batch.states)
+                bar.update(len(batch.positions))
         return result, soft
-
-    def _batches(
-        self, texts: Iterable[str], role: Role, instruction: str | None, first: int = 0
-    ) -> Iterator[tuple[Positions, Vectors, Any]]:
-        """As `encode_batches`, with the (m, N, H) states of compression tokens, if there are any."""
-        checkpoint, token_set = resolve(self)
-        instruction = next(checked([self.instruction(role) if instruction is None else instruction], "instruction"))
-        recipe = self._recipe(role, checkpoint, token_set)
-        report = TruncationReport(self.on_truncate, recipe)
-        report.check("the instruction", recipe.instruction_length(instruction))
-        backbone = None
-        for window in windows(checked(texts, first=first), _WINDOW, weight=len, most=_WINDOW_CHARACTERS):
-            places = {text: [first + i for i in indices] for text, indices in distinct(window).items()}
-            first += len(window)
-            for rendered, owners in render_ahead(recipe, places, instruction):
-                rows = [Row(r, f"texts[{own[0]}]", token_set) for r, own in zip(rendered, owners, strict=True)]
-                for row in rows:
-                    report.check(row.name, row.rendered.length)
-                backbone = backbone or self._backbone(checkpoint, token_set)
-                for done in embed(backbone, rows, self.token_budget):
-                    vectors = self._finish(done.vectors, [owners[i][0] for i in done.rows])
-                    repeats = [len(owners[i]) for i in done.rows]
-                    states = done.states
-                    if states is not None and max(repeats) > 1:
-                        states = states[np.repeat(np.arange(len(repeats)), repeats)]
-                    yield np.concatenate([owners[i] for i in done.rows]), np.repeat(vectors, repeats, axis=0), states
 
     def _bar(self, total: int, what: str) -> Any:
         """A progress bar as ``show_progress`` has it."""
         quiet = True if self.show_progress is False else None if self.show_progress is None else False
         return tqdm(total=total, desc=what, unit="text", disable=quiet, delay=2 if self.show_progress is None else 0)
 
-    def _backbone(self, checkpoint: Checkpoint, token_set: TokenSet | None) -> Backbone:
-        return registry.acquire(BackboneSpec.of(self, checkpoint, token_set), self)
-
     def _backbone_of_token_set(self, what: str) -> tuple[Backbone, TokenSet]:
         checkpoint, token_set = resolve(self)
         if token_set is None:
             raise InputError(f"{what} needs mode='llm2vec-gen', the mode is {str(self.mode)!r}")
-        return self._backbone(checkpoint, token_set), token_set
-
-    def _recipe(self, role: Role, checkpoint: Checkpoint, token_set: TokenSet | None) -> Recipe | TokenRecipe:
-        tokenizer = checkpoint.tokenizer
-        if token_set is not None:
-            tokens, compression = len(token_set.rows), token_set.compression
-            return TokenRecipe(tokenizer, tokens, compression, self.max_length, checkpoint.positions)
-        setting = self.query_template if role is Role.QUERY else self.document_template
-        template = resolve_template(setting, self.mode, tokenizer.bos, tokenizer.eos)
-        return Recipe(template, tokenizer, self.max_length, checkpoint.positions, self.pooling)
-
-    def _finish(self, vectors: Vectors, owners: Sequence[int]) -> Vectors:
-        """(B, D): cut, normalised, and free of anything that is no number."""
-        vectors = vectors[:, : self.truncate_dim]
-        sizes = np.linalg.norm(vectors, axis=1)
-        usable = np.isfinite(sizes) & (sizes > 0)
-        if not usable.all():
-            bad = int(np.argmin(usable))
-            raise EncodingError(
-                f"the model gave {'a zero vector' if sizes[bad] == 0 else 'NaN or infinity'} for texts[{owners[bad]}]: "
-                "try dtype='float32'; if that does not help, the weights are damaged"
-            )
-        return vectors / sizes[:, None] if self.normalize_embeddings else vectors
+        return registry.acquire(BackboneSpec.of(self, checkpoint, token_set), self), token_set
 
 
 def _without_compute_dtype(value: Any) -> Any:

@@ -5,10 +5,12 @@ This module knows nothing of the other frameworks.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import TYPE_CHECKING, Any, cast
 
-from echo_integrations.adapter import ECHO_MODES, TOKEN_SET_MODES, EncoderFields, share_lm
-from echo_integrations.config import InputError
+from echo_integrations.adapter import ECHO_MODES, TOKEN_SET_MODES, EncoderFields, cache_name, share_lm
+from echo_integrations.config import InputError, Role
 from echo_integrations.encoder import Encoder
 
 try:
@@ -17,6 +19,8 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError('LangChain is not installed: pip install "echo-integrations[langchain]"') from error
 
 if TYPE_CHECKING:
+    from langchain_classic.embeddings import CacheBackedEmbeddings
+    from langchain_core.stores import ByteStore
     from langchain_huggingface import HuggingFacePipeline
 
 
@@ -52,14 +56,20 @@ class _Embeddings(EncoderFields, Embeddings):
         """
         return cast("list[float]", self.encoder.encode_query([text])[0].tolist())
 
+    async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
+        """As `embed_documents`; calls that come at once share batches, and one that is cancelled gives up its place."""
+        texts = [texts] if isinstance(texts, str) else texts
+        return cast("list[list[float]]", (await self.encoder.aencode_document(texts)).tolist())
+
+    async def aembed_query(self, text: str) -> list[float]:
+        """As `embed_query`; calls that come at once share batches, and one that is cancelled gives up its place."""
+        return cast("list[float]", (await self.encoder.aencode_query([text]))[0].tolist())
+
 
 class EchoEmbeddings(_Embeddings):
     """Echo embeddings for LangChain; takes the arguments of `EncoderSettings`, or ``encoder=`` a ready `Encoder`.
 
-    Sync and async (the async methods run in LangChain's executor threads, which is safe here).
-    For ``CacheBackedEmbeddings`` pass ``namespace=embeddings.fingerprint``, and for cached queries a *separate*
-    ``query_embedding_cache`` store, because queries and documents of the same text have different vectors; take a
-    new query store when ``query_instruction`` changes.
+    Sync and async: calls that come at once, from threads or tasks, share batches. `cached` puts a cache in front.
 
     Raises:
         pydantic.ValidationError: (a ValueError) an unknown or impossible argument.
@@ -97,6 +107,52 @@ class LLM2VecGenEmbeddings(_Embeddings):
 
     modes = TOKEN_SET_MODES
     class_of_other_modes = "EchoEmbeddings"
+
+
+def cached(embeddings: _Embeddings, store: ByteStore, *, batch_size: int | None = None) -> CacheBackedEmbeddings:
+    """Embeddings behind a cache of documents *and* queries that many models, roles and instructions may share.
+
+    Keys are ``<fingerprint>_<role>_<hash of the instruction>_<hash of the text>``: whatever would change a vector
+    changes its key.
+
+    Args:
+        embeddings: what answers where the store does not.
+        store: any ``ByteStore``, such as ``LocalFileStore`` or ``RedisStore``.
+        batch_size: documents that are embedded between two writes; all of them unless given.
+
+    Returns:
+        LangChain's own ``CacheBackedEmbeddings``; it takes ``pip install langchain-classic``.
+
+    Raises:
+        InputError: not an embedding class of this module.
+        ModelLoadError: no such model.
+
+    Example:
+        >>> from langchain_core.stores import InMemoryByteStore
+        >>> store = InMemoryByteStore()
+        >>> embeddings = cached(EchoEmbeddings(model="echo-mini"), store)
+        >>> embeddings.embed_query("pump") == embeddings.embed_query("pump"), len(list(store.yield_keys()))
+        (True, 1)
+    """
+    if not isinstance(embeddings, _Embeddings):
+        raise InputError(f"embeddings is a {type(embeddings).__name__}: pass EchoEmbeddings or LLM2VecGenEmbeddings")
+    try:
+        from langchain_classic.embeddings import CacheBackedEmbeddings
+        from langchain_classic.storage import EncoderBackedStore
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("langchain-classic is not installed: pip install langchain-classic") from error
+
+    def of(role: Role) -> EncoderBackedStore[str, list[float]]:
+        name = cache_name(embeddings.encoder, role)
+        return EncoderBackedStore(
+            store,
+            key_encoder=lambda text: f"{name}_{hashlib.sha256(text.encode()).hexdigest()}",
+            value_serializer=lambda vector: json.dumps(vector).encode(),
+            value_deserializer=json.loads,
+        )
+
+    documents, queries = of(Role.DOCUMENT), of(Role.QUERY)
+    return CacheBackedEmbeddings(embeddings, documents, batch_size=batch_size, query_embedding_store=queries)
 
 
 def shared_llm(encoder: Encoder, **pipeline_kwargs: Any) -> HuggingFacePipeline:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import hashlib
 import logging
 import pickle
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 from pydantic import ConfigDict, Field, field_serializer, model_validator
 
-from echo_integrations.adapter import ECHO_MODES, TOKEN_SET_MODES, EncoderFields, share_lm
+from echo_integrations.adapter import ECHO_MODES, TOKEN_SET_MODES, EncoderFields, cache_name, share_lm
 from echo_integrations.config import EncoderSettings, InputError, Role
 from echo_integrations.encoder import Encoder
 
@@ -77,7 +76,7 @@ class _Embedding(EncoderFields, BaseEmbedding):
 
     @functools.wraps(BaseEmbedding.aget_query_embedding, assigned=())
     async def aget_query_embedding(self, query: str) -> list[float]:
-        """As `get_query_embedding`, in a thread."""
+        """As `get_query_embedding`; calls that come at once share batches."""
         with _asking():
             return await super().aget_query_embedding(query)
 
@@ -92,7 +91,7 @@ class _Embedding(EncoderFields, BaseEmbedding):
     async def aget_text_embedding_batch(
         self, texts: list[str], show_progress: bool = False, **kwargs: Any
     ) -> list[list[float]]:
-        """As `get_text_embedding_batch`, in threads."""
+        """As `get_text_embedding_batch`; batches that come at once share passes through the model."""
         return await super().aget_text_embedding_batch(_listed(texts), show_progress, **kwargs)
 
     def _get_query_embedding(self, query: str) -> list[float]:
@@ -105,13 +104,13 @@ class _Embedding(EncoderFields, BaseEmbedding):
         return cast("list[list[float]]", self.encoder.encode_document(texts).tolist())  # (n, D)
 
     async def _aget_query_embedding(self, query: str) -> list[float]:
-        return await asyncio.to_thread(self._get_query_embedding, query)
+        return cast("list[float]", (await self.encoder.aencode_query([query]))[0].tolist())
 
     async def _aget_text_embedding(self, text: str) -> list[float]:
-        return await asyncio.to_thread(self._get_text_embedding, text)
+        return (await self._aget_text_embeddings([text]))[0]
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[list[float]]:
-        return await asyncio.to_thread(self._get_text_embeddings, texts)
+        return cast("list[list[float]]", (await self.encoder.aencode_document(texts)).tolist())  # (n, D)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "encoder" or name in EncoderSettings.setting_names():
@@ -144,10 +143,10 @@ class _Embedding(EncoderFields, BaseEmbedding):
 class EchoEmbedding(_Embedding):
     """Echo embeddings for LlamaIndex; takes the arguments of `EncoderSettings`, or ``encoder=`` a ready `Encoder`.
 
-    It also takes those of ``BaseEmbedding``. Each batch is one call of the encoder; the async methods run in threads,
-    so that the event loop stays free. Only arguments are dumped and pickled, never the model: each worker of an
-    ``IngestionPipeline`` loads its own (on a GPU use ``run``, because ``arun`` forks its workers on Linux). The token
-    is pickled, but is in no dump, repr or event.
+    It also takes those of ``BaseEmbedding``. Each batch is one call of the encoder; async calls that come at once
+    share batches, and the event loop stays free. Only arguments are dumped and pickled, never the model: each worker
+    of an ``IngestionPipeline`` loads its own (on a GPU use ``run``, because ``arun`` forks its workers on Linux). The
+    token is pickled, but is in no dump, repr or event.
 
     One store may be the ``embeddings_cache`` of many models: it is wrapped in one that keeps vector spaces, queries
     and documents apart, in collections named ``embeddings_<fingerprint>_<role>_<hash of the instruction>``.
@@ -254,9 +253,7 @@ class _SeparatingStore(BaseKVStore):
     @functools.cached_property
     def _collections(self) -> dict[Role, str]:
         """Computed late, because fingerprint and instructions need files."""
-        texts = {role: self._encoder.instruction(role) for role in Role}
-        hashes = {role: hashlib.sha256(text.encode()).hexdigest()[:16] for role, text in texts.items()}
-        return {role: f"{_COLLECTION}_{self._encoder.fingerprint}_{role}_{hashes[role]}" for role in Role}
+        return {role: f"{_COLLECTION}_{cache_name(self._encoder, role)}" for role in Role}
 
     def _name(self, collection: str) -> str:
         return self._collections[_role.get()] if collection == _COLLECTION else collection

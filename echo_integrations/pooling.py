@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from echo_integrations.device import send
+
 Spans = Sequence[tuple[int, int]]
 
 
@@ -26,12 +28,12 @@ def pool(hidden: Tensor, spans: Sequence[Spans]) -> Tensor:
         (2.0, 3.0)
     """
     if all(len(row) == 1 and row[0][1] - row[0][0] == 1 for row in spans):
-        places = torch.tensor([row[0][0] for row in spans], device=hidden.device)  # (B,)
+        places = send(torch.tensor([row[0][0] for row in spans]), hidden.device)  # (B,)
         return hidden[torch.arange(len(spans), device=hidden.device), places].float()
     mask = torch.zeros(hidden.shape[:2], dtype=torch.float32)  # (B, T)
     for weights, row in zip(mask, spans, strict=True):
         for start, stop in row:
             weights[start:stop] = 1.0
-    mask = (mask / mask.sum(dim=1, keepdim=True)).to(hidden.device)
+    mask = send(mask / mask.sum(dim=1, keepdim=True), hidden.device)
     kept = hidden.float().masked_fill(mask.unsqueeze(-1) == 0, 0.0)  # infinity in the padding times 0 would be NaN
     return torch.einsum("bt,bth->bh", mask, kept)

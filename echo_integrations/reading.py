@@ -6,6 +6,7 @@ Source: BehnamGhader et al., "LLM2Vec-Gen: Generative Embeddings from Large Lang
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,8 +74,7 @@ def decode(
         while len(answers) < len(prompts):
             batch = torch.from_numpy(np.array(prompts[len(answers) : len(answers) + size], dtype=np.float32))
             try:
-                with backbone.lock, torch.inference_mode():
-                    ids = backbone.generate(batch, max_new_tokens)
+                ids = backbone.worker.call(partial(backbone.generate, batch, max_new_tokens))
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -97,8 +97,9 @@ def explain(backbone: Backbone, states: Tensor, top_k: int) -> list[list[list[Le
     tokenizer = backbone.spec.checkpoint.tokenizer
     lens: list[list[LensToken]] = []
     for start in range(0, len(flat), _LENS_POSITIONS):
-        with backbone.lock, torch.inference_mode():
-            probabilities, ids = backbone.next_tokens(flat[start : start + _LENS_POSITIONS], top_k)
+        probabilities, ids = backbone.worker.call(
+            partial(backbone.next_tokens, flat[start : start + _LENS_POSITIONS], top_k)
+        )
         for row_probabilities, row_ids in zip(probabilities.tolist(), ids.tolist(), strict=True):
             spelled = [tokenizer.decode([token], skip_special_tokens=False) for token in row_ids]
             lens.append([LensToken(*pair) for pair in zip(spelled, row_probabilities, strict=True)])

@@ -104,12 +104,14 @@ class Rendered:
         spans: half-open ranges of positions whose hidden states are averaged, in order; never empty.
         length: tokens of the longest piece with the text in it *before* it was cut.
         tail: trained vectors that follow the ids.
+        head: how many tokens at the beginning are the same whatever the text, none of them pooled.
     """
 
     ids: Ids
     spans: tuple[tuple[int, int], ...]
     length: int
     tail: int = 0
+    head: int = 0
 
     @property
     def size(self) -> int:
@@ -318,11 +320,14 @@ class Recipe:
         ids: list[Ids] = []
         spans: list[tuple[int, int]] = []
         at = length = before = 0
+        head: int | None = None
         for piece, piece_ids in zip(self._pieces, pieces, strict=True):
             if "text" in piece.variables:
                 length = max(length, len(piece_ids))
             if piece.variables:
                 piece_ids = piece_ids[: self.max_length]
+            if head is None and ("text" in piece.variables or piece.pooled):
+                head = at
             if piece.pooled:
                 before = at
                 if len(piece_ids):
@@ -336,7 +341,7 @@ class Recipe:
             spans.append((before - 1, before))
         if self._pooling == Pooling.LAST:
             spans = [(spans[-1][1] - 1, spans[-1][1])]
-        return Rendered(np.concatenate(ids), tuple(spans), length)
+        return Rendered(np.concatenate(ids), tuple(spans), length, head=min(head or 0, spans[0][0]))
 
 
 class TokenRecipe:
@@ -390,17 +395,28 @@ class TokenRecipe:
             One `Rendered` a text, in order.
         """
         ahead = f"{instruction.rstrip()} " if instruction.strip() else ""
-        plain = self._tokenizer.plain([ahead + text for text in texts])
-        rows = [np.concatenate([self._tokenizer.prefix, ids]) for ids in plain]
-        return [self._lay_out(ids[: self.max_length], len(ids)) for ids in rows]
+        *plain, alone = self._tokenizer.plain([*(ahead + text for text in texts), ahead.rstrip()])
+        prefix = self._tokenizer.prefix
+        begin = np.concatenate([prefix, alone])
+        return [self._lay_out(np.concatenate([prefix, ids]), begin) for ids in plain]
 
     def instruction_length(self, instruction: str) -> int:
         """Tokens of the instruction with the prefix, before anything is cut."""
         return len(self._tokenizer.prefix) + len(self._tokenizer.plain([instruction])[0])
 
-    def _lay_out(self, ids: Ids, length: int) -> Rendered:
+    def _lay_out(self, uncut: Ids, begin: Ids) -> Rendered:
+        """Cut ids to what there is room for; the tokens of ``begin`` that they begin with depend on no text."""
+        ids = uncut[: self.max_length]
+        most = min(len(ids), len(begin))
+        differ = np.flatnonzero(ids[:most] != begin[:most])
         end = len(ids) + self._tokens
-        return Rendered(ids, ((end - self._compression, end),), length, self._tokens)
+        return Rendered(
+            ids,
+            ((end - self._compression, end),),
+            len(uncut),
+            self._tokens,
+            head=int(differ[0]) if len(differ) else most,
+        )
 
 
 def _substitute(parts: tuple[str, ...], text: str, instruction: str) -> str:

@@ -1,11 +1,12 @@
-"""Which files settings mean: the backbone, and the token set that goes with it or names it."""
+"""What settings mean: the backbone, the token set that goes with it or names it, instructions and recipes."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from echo_integrations.checkpoint import Checkpoint, Place
-from echo_integrations.config import EncoderSettings, InputError, Mode, TokenSetError
+from echo_integrations.config import DEFAULT_INSTRUCTIONS, EncoderSettings, InputError, Mode, Role, TokenSetError
+from echo_integrations.recipe import Recipe, TokenRecipe, resolve_template
 from echo_integrations.released import is_released
 from echo_integrations.token_set import TokenSet, count_tokens, is_token_set
 
@@ -77,3 +78,28 @@ def check_token_set(settings: EncoderSettings) -> None:
             f"{settings.model_name!r} is a released checkpoint with tokens of its own, and token_set= was given, too: "
             "leave token_set= out, or name the backbone as the model"
         )
+
+
+def instruction_of(settings: EncoderSettings, role: Role) -> str:
+    """What stands before texts of a role: the setting, or in mode "llm2vec-gen" the token set's or the paper's."""
+    setting = settings.query_instruction if role is Role.QUERY else settings.document_instruction
+    if setting is None and (token_set := find_token_set(settings)) is not None:
+        return token_set.instructions.get(role, DEFAULT_INSTRUCTIONS[role])
+    return setting or ""
+
+
+def recipe_of(
+    settings: EncoderSettings, role: Role, checkpoint: Checkpoint, token_set: TokenSet | None
+) -> Recipe | TokenRecipe:
+    """How texts of a role are laid out.
+
+    Raises:
+        TemplateError, InputError: nothing is left for a text.
+    """
+    tokenizer = checkpoint.tokenizer
+    if token_set is not None:
+        tokens, compression = len(token_set.rows), token_set.compression
+        return TokenRecipe(tokenizer, tokens, compression, settings.max_length, checkpoint.positions)
+    setting = settings.query_template if role is Role.QUERY else settings.document_template
+    template = resolve_template(setting, settings.mode, tokenizer.bos, tokenizer.eos)
+    return Recipe(template, tokenizer, settings.max_length, checkpoint.positions, settings.pooling)

@@ -1,4 +1,4 @@
-"""Texts on their way in: seen to be texts, laid out ahead of the model, and a word about those that are cut.
+"""Texts on their way in: seen to be texts, and a word about those that are cut.
 
 This module knows nothing of models.
 """
@@ -8,15 +8,10 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from echo_integrations.batching import slices
 from echo_integrations.config import InputError, OnTruncate, TruncationError, TruncationWarning
-from echo_integrations.recipe import Recipe, Rendered, TokenRecipe
-
-_SLICE_TEXTS = 4_096  # texts that are tokenised while the ones before them are in the model
-_SLICE_CHARACTERS = 524_288
+from echo_integrations.recipe import Recipe, TokenRecipe
 
 
 def checked(texts: Iterable[Any], name: str = "texts", first: int = 0) -> Iterator[str]:
@@ -84,20 +79,3 @@ def _callers_level() -> int:
     while frame.f_back and frame.f_globals["__name__"].startswith("echo_integrations"):
         level, frame = level + 1, frame.f_back
     return level
-
-
-def render_ahead(
-    recipe: Recipe | TokenRecipe, places: Mapping[str, list[int]], instruction: str
-) -> Iterator[tuple[list[Rendered], list[list[int]]]]:
-    """Lay out texts slice by slice, the next slice in a thread while the caller works on the one before it."""
-    runs = list(slices(places, _SLICE_CHARACTERS, _SLICE_TEXTS))
-    if len(runs) == 1:
-        yield recipe.render(runs[0], instruction), [places[text] for text in runs[0]]
-        return
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenise") as ahead:
-        coming = ahead.submit(recipe.render, runs[0], instruction)
-        for run, following in zip(runs, [*runs[1:], None], strict=True):
-            rendered = coming.result()
-            if following is not None:
-                coming = ahead.submit(recipe.render, following, instruction)
-            yield rendered, [places[text] for text in run]

@@ -7,8 +7,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # the suite needs no model hub; read when hu
 
 import pytest
 
-from echo_integrations.backbone import Backbone, BackboneSpec, registry
+from echo_integrations.backbone import Backbone, BackboneSpec
 from echo_integrations.encoder import Encoder
+from echo_integrations.registry import registry
 from echo_integrations.resolve import resolve
 from tests import tiny
 

@@ -10,12 +10,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel
 
-from echo_integrations.backbone import BackboneSpec, Registry, registry
+from echo_integrations.backbone import BackboneSpec
 from echo_integrations.checkpoint import Checkpoint
-from echo_integrations.config import EncodingError, ModelLoadError
+from echo_integrations.config import EncodingError, ModelLoadError, Role
 from echo_integrations.device import choose_device, choose_dtype, is_out_of_memory
 from echo_integrations.encoder import Encoder
-from echo_integrations.resolve import resolve
+from echo_integrations.registry import Registry, registry
+from echo_integrations.resolve import recipe_of, resolve
 from tests.conftest import backbone_of
 
 Tiny = Callable[[str], Path]
@@ -135,7 +136,8 @@ def test_an_adapter_is_merged(with_head: bool, tiny_model: Tiny, tmp_path: Path,
     auto = AutoModelForCausalLM if with_head else AutoModel
     unmerged = PeftModel.from_pretrained(auto.from_pretrained(folder, dtype=torch.float32), tmp_path)
     base = unmerged.base_model.model.model if with_head else unmerged.base_model.model
-    ids = torch.tensor(np.array([adapted._recipe("document", *resolve(adapted)).render(["the pump"])[0].ids]))  # type: ignore[arg-type]
+    recipe = recipe_of(adapted, Role.DOCUMENT, *resolve(adapted))
+    ids = torch.tensor(np.array([recipe.render(["the pump"])[0].ids]))
     with torch.no_grad():
         expected = base(input_ids=ids).last_hidden_state[0, 1:].mean(0).numpy()
     vector = adapted.encode("the pump")

@@ -18,8 +18,8 @@ from chromadb.utils.embedding_functions import known_embedding_functions
 
 import echo_integrations
 from echo_integrations import Encoder, FingerprintMismatchError, InputError, ModelLoadError
-from echo_integrations.backbone import registry
 from echo_integrations.chroma import EchoEmbeddingFunction, LLM2VecGenEmbeddingFunction, open_collection
+from echo_integrations.registry import registry
 from echo_integrations.token_set import TokenSet
 from tests import tiny
 from tests.kinds import Kind

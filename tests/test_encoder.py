@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from echo_integrations import checkpoint as checkpoint_module
-from echo_integrations.backbone import registry
 from echo_integrations.config import EncodingError, InputError, Mode, Role, TruncationError, TruncationWarning
 from echo_integrations.encoder import Encoder
-from echo_integrations.resolve import resolve
+from echo_integrations.registry import registry
+from echo_integrations.resolve import recipe_of, resolve
 from tests import tiny
 from tests.conftest import backbone_of
 
@@ -142,8 +142,8 @@ def test_identical_texts_go_through_the_model_once(mini: Mini) -> None:
 
 def test_many_slices_come_back_in_order(mini: Mini, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = mini(mode="classical").encode(TEXTS)
-    monkeypatch.setattr("echo_integrations.texts._SLICE_TEXTS", 7)
-    monkeypatch.setattr("echo_integrations.encoder._WINDOW", 25)
+    monkeypatch.setattr("echo_integrations.pipeline._SLICE", 7)
+    monkeypatch.setattr("echo_integrations.pipeline._WINDOW", 25)
     np.testing.assert_allclose(mini(mode="classical").encode(TEXTS), expected, atol=2e-6)
 
 
@@ -184,7 +184,7 @@ def test_encode_iter_numbers_items_from_the_streams_start(mini: Mini) -> None:
 def test_a_spelling_changes_only_its_own_texts_tokens(mini: Mini, spelling: str) -> None:
     encoder = mini()
     tokenizer = resolve(encoder)[0].tokenizer
-    recipe = encoder._recipe("document", *resolve(encoder))  # type: ignore[arg-type]
+    recipe = recipe_of(encoder, Role.DOCUMENT, *resolve(encoder))
     text = f"a{spelling}b"
     plain = tokenizer.plain([text])[0].tolist()
     ids = recipe.render([text])[0].ids.tolist()
@@ -578,7 +578,7 @@ def gen(mini: Mini, mini_tokens: Path) -> Mini:
 def test_the_papers_instructions_unless_told_otherwise(gen: Mini) -> None:
     encoder, none = gen(), gen(query_instruction="", document_instruction="")
     query = "Generate a passage that best answers this question: rain"
-    np.testing.assert_array_equal(encoder.encode_query("rain"), none.encode_query(query))
+    np.testing.assert_allclose(encoder.encode_query("rain"), none.encode_query(query), atol=1e-6)
     np.testing.assert_array_equal(encoder.encode("rain"), none.encode("Summarize the following passage: rain"))
     np.testing.assert_array_equal(none.encode_query("rain"), none.encode("rain"))
     assert np.abs(encoder.encode_query("rain") - encoder.encode("rain")).max() > 1e-3
@@ -599,7 +599,7 @@ def test_a_token_sets_own_instructions_come_before_the_papers(gen: Mini, tmp_pat
 def test_a_text_that_spells_a_token_is_plain_text(gen: Mini, spelling: str) -> None:
     encoder = gen(document_instruction="")
     checkpoint, token_set = resolve(encoder)
-    rendered = encoder._recipe(Role.DOCUMENT, checkpoint, token_set).render([f"a {spelling}"])[0]
+    rendered = recipe_of(encoder, Role.DOCUMENT, checkpoint, token_set).render([f"a {spelling}"])[0]
     assert rendered.ids.tolist() == checkpoint.tokenizer.plain([f"a {spelling}"])[0].tolist()
     assert not {0, 1, 2, 3} & set(rendered.ids.tolist()) and rendered.tail == 5
     assert np.abs(encoder.encode(f"a {spelling}") - encoder.encode("a")).max() > 1e-3

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from echo_integrations.backbone import registry
-from echo_integrations.config import EncodingError
+from echo_integrations.config import EncodingError, Role
 from echo_integrations.encoder import Encoder
 from echo_integrations.forward import Row, embed
-from echo_integrations.resolve import resolve
+from echo_integrations.registry import registry
+from echo_integrations.resolve import recipe_of, resolve
 from tests import tiny
 from tests.conftest import backbone_of
 
@@ -34,7 +34,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str
 
 def rows_of(encoder: Encoder, texts: list[str]) -> list[Row]:
     checkpoint, token_set = resolve(encoder)
-    rendered = encoder._recipe("document", checkpoint, token_set).render(texts)  # type: ignore[arg-type]
+    rendered = recipe_of(encoder, Role.DOCUMENT, checkpoint, token_set).render(texts)
     return [Row(r, text, token_set) for r, text in zip(rendered, texts, strict=True)]
 
 

@@ -11,12 +11,13 @@ import echo_integrations
 
 PACKAGE = Path(echo_integrations.__file__).parent
 FLOORS = [
-    {"config"},
-    {"recipe", "batching", "pooling", "tokenizer", "device"},
-    {"checkpoint", "released", "files", "texts"},
+    {"config", "worker"},
+    {"recipe", "batching", "tokenizer", "device", "prefix"},
+    {"checkpoint", "released", "files", "texts", "pooling"},
     {"token_set"},
     {"backbone", "resolve"},
-    {"forward", "reading"},
+    {"forward", "reading", "registry"},
+    {"pipeline"},
     {"encoder"},
     {"adapter"},
     {"langchain", "llama_index", "chroma"},

@@ -1,21 +1,23 @@
 import pickle
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from langchain_chroma import Chroma
-from langchain_classic.embeddings import CacheBackedEmbeddings
+from langchain_classic.storage import LocalFileStore
 from langchain_core.embeddings import Embeddings
 from langchain_core.stores import InMemoryByteStore
 from langchain_tests.integration_tests import EmbeddingsIntegrationTests
 from langchain_tests.unit_tests import EmbeddingsUnitTests
 from pydantic import ValidationError
 
-from echo_integrations.backbone import registry
+from echo_integrations.config import InputError
 from echo_integrations.encoder import Encoder
-from echo_integrations.langchain import EchoEmbeddings, LLM2VecGenEmbeddings
+from echo_integrations.langchain import EchoEmbeddings, LLM2VecGenEmbeddings, cached
+from echo_integrations.registry import registry
 from tests.kinds import Kind
 
 
@@ -232,17 +234,32 @@ def test_fingerprint_dimension_unload(kind: Kind, embeddings: Any, nothing_loade
     assert registry.loaded() == []
 
 
-def test_cache_backed_embeddings_keep_spaces_apart(mini_tokens: Path) -> None:
+def test_one_cache_serves_many_models_roles_and_instructions(mini_tokens: Path) -> None:
     store = InMemoryByteStore()
-    vectors = []
     tokens = LLM2VecGenEmbeddings(token_set=mini_tokens)
+    asked = tokens.with_instruction(query="Find the law:")
     for embeddings in (EchoEmbeddings(), EchoEmbeddings(mode="classical"), tokens, tokens.replace(truncate_dim=8)):
-        cached = CacheBackedEmbeddings.from_bytes_store(
-            embeddings, store, namespace=embeddings.fingerprint, key_encoder="sha256"
-        )
-        vectors.append(cached.embed_documents(["rain"]))
-    assert [len(vector[0]) for vector in vectors] == [256, 256, 24, 8]
-    assert vectors[0] != vectors[1]
+        behind = cached(embeddings, store)
+        for _ in range(2):  # computed, then served
+            assert behind.embed_documents(["rain", "a valve"]) == embeddings.embed_documents(["rain", "a valve"])
+            assert behind.embed_query("rain") == embeddings.embed_query("rain")
+    assert len(list(store.yield_keys())) == 4 * 3
+    assert cached(asked, store).embed_query("rain") != cached(tokens, store).embed_query("rain")
+    assert len(list(store.yield_keys())) == 4 * 3 + 1
+    assert cached(asked, store).embed_documents(["rain"]) == tokens.embed_documents(["rain"])
+    assert len(list(store.yield_keys())) == 4 * 3 + 1  # the query instruction does not touch documents
+
+
+async def test_what_is_cached_is_not_computed_again(mini: Callable[..., Encoder], tmp_path: Path) -> None:
+    store = LocalFileStore(tmp_path)
+    behind = cached(EchoEmbeddings(), store)
+    vectors = await behind.aembed_documents(["rain", "snow"]), await behind.aembed_query("rain")
+    name = next(key for key in store.yield_keys() if "_query_" in key)
+    store.mset([(name, b"[0.5, 0.25]")])
+    assert await behind.aembed_query("rain") == [0.5, 0.25]
+    assert (await behind.aembed_documents(["snow"]))[0] == vectors[0][1]
+    with pytest.raises(InputError, match="embeddings is a Encoder: pass EchoEmbeddings"):
+        cached(mini(), store)  # type: ignore[arg-type]
 
 
 def test_a_chroma_store_finds_what_is_nearest(embeddings: Any) -> None:

@@ -17,8 +17,8 @@ from llama_index.core.schema import TextNode
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from echo_integrations import Encoder, InputError, ModelLoadError, langchain, llama_index
-from echo_integrations.backbone import registry
 from echo_integrations.chroma import EchoEmbeddingFunction, LLM2VecGenEmbeddingFunction, open_collection
+from echo_integrations.registry import registry
 from tests import tiny
 from tests.conftest import backbone_of
 

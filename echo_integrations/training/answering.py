@@ -6,6 +6,7 @@ import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,12 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from echo_integrations.backbone import GREEDY, Backbone, BackboneSpec, end_of_sequence, registry
+from echo_integrations.backbone import GREEDY, Backbone, BackboneSpec, end_of_sequence
 from echo_integrations.batching import plan
 from echo_integrations.checkpoint import Checkpoint
 from echo_integrations.config import EncodingError, InputError, ModelLoadError, TruncationWarning
 from echo_integrations.device import is_out_of_memory
 from echo_integrations.encoder import Encoder
+from echo_integrations.registry import registry
 from echo_integrations.resolve import resolve
 from echo_integrations.tokenizer import TextTokenizer
 
@@ -154,13 +156,15 @@ class OwnLM:
         processors = LogitsProcessorList()
         if self._sampling.temperature:
             processors.append(Draw(self._sampling.temperature, self._sampling.seed, queries, backbone.device))
-        with backbone.lock, torch.inference_mode():
-            out = lm.generate(
+        out = backbone.worker.call(
+            partial(
+                torch.inference_mode()(lm.generate),
                 input_ids=torch.from_numpy(ids).to(backbone.device),
                 attention_mask=torch.from_numpy(mask).to(backbone.device),
                 generation_config=config,
                 logits_processor=processors,
             )
+        )
         new = out[:, longest:].tolist()
         return [row[: next((i for i, token in enumerate(row) if token in end), len(row))] for row in new]
 

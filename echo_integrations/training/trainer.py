@@ -23,11 +23,12 @@ from torch.nn.functional import normalize
 from transformers import TrainingArguments
 
 from echo_integrations import __version__
-from echo_integrations.backbone import Backbone, BackboneSpec, load, registry
+from echo_integrations.backbone import Backbone, BackboneSpec, load
 from echo_integrations.checkpoint import Checkpoint, Place
 from echo_integrations.config import BUILT_IN_MODEL, InputError, Role
 from echo_integrations.device import choose_device
 from echo_integrations.encoder import Encoder
+from echo_integrations.registry import registry
 from echo_integrations.token_set import HEADER, TokenSet
 from echo_integrations.training.batches import Examples
 from echo_integrations.training.config import TrainingConfig, TrainingError
