@@ -8,8 +8,12 @@ import os
 import platform
 import random
 import shutil
-from collections.abc import Sequence
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,6 +85,24 @@ class PlainLoop:
             mean = (hidden * mask).sum(1) / mask.sum(1)
             vectors.append(torch.nn.functional.normalize(mean, dim=-1))
         return torch.cat(vectors).numpy()
+
+
+def take_turns(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each side in each round, the sides by turns; a round before them warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name, run in sides.items():
+            start = time.perf_counter()
+            run()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+            print(f"round {number}, {name}: {time.perf_counter() - start:.2f} s", file=sys.stderr, flush=True)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, Sequence[float]], slow: str, quick: str) -> float:
+    """How many times as long one side takes as another: the median over the rounds."""
+    return statistics.median(a / b for a, b in zip(seconds[slow], seconds[quick], strict=True))
 
 
 def count_tokens(texts: Sequence[str], folder: Path) -> int:

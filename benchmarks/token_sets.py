@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import ASSETS, build_qwen3_600m, machine, textbook_texts
+from common import ASSETS, build_qwen3_600m, machine, ratio, take_turns, textbook_texts
 
 from echo_integrations import Encoder
 from echo_integrations.backbone import BackboneSpec
@@ -76,19 +74,11 @@ def compare(folder: Path, texts: list[str], rounds: int, dtype: str, work: Path)
         "sixteen sets": lambda: list(embed(backbone, mixed)),
     }
     print(f"{machine()}\n{len(texts)} texts; {len(mixed)} rows; {rounds} rounds interleaved\n")
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds + 1):
-        for name, run in sides.items():
-            start = time.perf_counter()
-            run()
-            if number:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
-                print(f"{name}: {seconds[name][-1]:.2f} s", file=sys.stderr, flush=True)
+    seconds = take_turns(sides, rounds)
     print("| | median s | ratio |\n|---|---|---|")
     for base, other in (("classical, 20 tokens more", "llm2vec-gen"), ("one set", "sixteen sets")):
-        ratio = statistics.median(b / a for a, b in zip(seconds[base], seconds[other], strict=True))
         print(f"| {base} | {statistics.median(seconds[base]):.2f} | 1 |")
-        print(f"| {other} | {statistics.median(seconds[other]):.2f} | {ratio:.3f} |")
+        print(f"| {other} | {statistics.median(seconds[other]):.2f} | {ratio(seconds, other, base):.3f} |")
 
 
 def main() -> None:

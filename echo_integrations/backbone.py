@@ -5,10 +5,12 @@ The only module that runs a model. It knows nothing of texts, templates or vecto
 
 from __future__ import annotations
 
+import logging
 import sys
+import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
-from transformers.utils import logging
+from transformers.utils import logging as hf_logging
 
 from echo_integrations.checkpoint import Checkpoint
 from echo_integrations.config import EncoderSettings, EncodingError, ModelLoadError, TokenSetError, canonical_json
@@ -26,6 +28,8 @@ from echo_integrations.device import advice_after_fork, choose_device, choose_dt
 from echo_integrations.prefix import Prefix, can_share
 from echo_integrations.token_set import TokenSet
 from echo_integrations.worker import Worker
+
+logger = logging.getLogger(__name__)
 
 Ids = NDArray[np.int32]
 
@@ -48,6 +52,7 @@ class BackboneSpec:
     attn_implementation: str | None
     model_kwargs_key: str
     model_kwargs: Mapping[str, Any] = field(compare=False)
+    compile: bool = False
     adapted_by: str | None = None
     token_set: TokenSet | None = field(default=None, compare=False)
 
@@ -73,6 +78,7 @@ class BackboneSpec:
             attn_implementation=settings.attn_implementation,
             model_kwargs_key=canonical_json(settings.model_kwargs),
             model_kwargs=settings.model_kwargs,
+            compile=settings.compile,
             adapted_by=token_set.fingerprint if adapted and token_set else None,
             token_set=token_set if adapted else None,
         )
@@ -121,6 +127,7 @@ class Backbone:
         self.spec = spec
         self.model = model
         self.lm = lm
+        self._run = _compiled(model) if spec.compile else model
         self._embedding = model.get_input_embeddings()
         self.device: torch.device = self._embedding.weight.device
         self.token_budget = _CPU_TOKEN_BUDGET if self.device.type == "cpu" else _GPU_TOKEN_BUDGET
@@ -166,7 +173,7 @@ class Backbone:
                 places = starts[:, None] + torch.arange(len(head.rows), device=self.device)  # (b, M)
                 embeddings[send(torch.tensor(owners), self.device)[:, None], places] = head.rows
             inputs = {"inputs_embeds": embeddings}
-        hidden: Tensor = self.model(**inputs, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+        hidden: Tensor = self._run(**inputs, past_key_values=cache, use_cache=cache is not None).last_hidden_state
         return hidden
 
     def _prefix(self, ids: Ids) -> Prefix:
@@ -357,16 +364,16 @@ def _parameter_names(model: Any) -> set[str]:
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """No report that the LM head was left out, and a progress bar only where somebody is looking."""
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    verbosity, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        hf_logging.set_verbosity(verbosity)
         if bar:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _probe(model: Any) -> Tensor:
@@ -433,6 +440,25 @@ def _add_adapter(model: Any, config: Any, weights: dict[str, Tensor]) -> Any:
     if misfits := [*result.unexpected_keys, *lacking]:
         raise ValueError(f"its tensors do not fit: {', '.join(sorted(misfits)[:3])}")
     return wrapped
+
+
+def _compiled(model: Any) -> Callable[..., Any]:
+    """The model by way of torch.compile, for batches of any shape; says how long that takes."""
+    run: Any = torch.compile(model, dynamic=True)
+    begun = False
+
+    def first_says(**inputs: Any) -> Any:
+        nonlocal begun
+        if begun:
+            return run(**inputs)
+        begun = True
+        logger.warning("compile=True: the first pass compiles the model, which may take minutes")
+        start = time.perf_counter()
+        output = run(**inputs)
+        logger.warning("compile=True: compiled in %.0f s", time.perf_counter() - start)
+        return output
+
+    return first_says
 
 
 def end_of_sequence(lm: Any, eos_id: int | None) -> list[int]:

@@ -208,6 +208,9 @@ class EncoderSettings(BaseModel):
     (GPUs, CPUs with AMX or AVX512-BF16), else float32."""
     attn_implementation: str | None = None
     """``"sdpa"``, ``"eager"``, ``"flash_attention_2"`` ...; transformers' choice unless given."""
+    compile: bool = False
+    """Whether the model is compiled with torch.compile when it is first used: minutes once a process, quicker
+    afterwards; ``benchmarks/README.md`` says how much."""
     adapter: str | None = None
     """A PEFT adapter (Hub id or folder) that is merged into the model when it is loaded."""
     mode: Annotated[Mode | str, _one_of(Mode)] = Mode.ECHO

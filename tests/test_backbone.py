@@ -1,3 +1,4 @@
+import functools
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel
+from torchao.quantization import Int8WeightOnlyConfig
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel, TorchAoConfig
 
 from echo_integrations.backbone import BackboneSpec
 from echo_integrations.checkpoint import Checkpoint
@@ -17,6 +19,7 @@ from echo_integrations.device import choose_device, choose_dtype, is_out_of_memo
 from echo_integrations.encoder import Encoder
 from echo_integrations.registry import Registry, registry
 from echo_integrations.resolve import recipe_of, resolve
+from tests import tiny
 from tests.conftest import backbone_of
 
 Tiny = Callable[[str], Path]
@@ -66,6 +69,33 @@ def test_model_kwargs_reach_transformers(tiny_model: Tiny) -> None:
 def test_attn_implementation_reaches_the_model(tiny_model: Tiny) -> None:
     encoder = Encoder(model=str(tiny_model("qwen3")), attn_implementation="eager")
     assert backbone_of(encoder).model.config._attn_implementation == "eager"
+
+
+def test_a_compiled_model_gives_the_same(
+    tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the backend that runs the captured graph as it is: seeing to code generation is torch's own affair."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    settings: dict[str, Any] = {"model": str(tiny_model("qwen3")), "dtype": "float32"}
+    tokens = tiny.token_set(settings["model"], tmp_path / "tokens")
+    for mode in ({"mode": "classical"}, {"mode": "llm2vec-gen", "token_set": str(tokens)}):  # the latter with a prefix
+        plain, compiled = Encoder(**settings, **mode), Encoder(**settings, **mode, compile=True)
+        assert compiled.fingerprint == plain.fingerprint
+        for texts in (["a", "the pump leaked", "rain"], ["a longer text than those"], ["a"]):
+            np.testing.assert_allclose(compiled.encode(texts), plain.encode(texts), atol=1e-6)
+    said = [record.message for record in caplog.records if "compile=True" in record.message]
+    assert len(said) == 2 and "may take minutes" in said[0] and "compiled in" in said[1]
+    compiled.unload()
+
+
+def test_int8_weights_stay_close(mini: Callable[..., Encoder]) -> None:
+    int8 = {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
+    texts = ["the pump", "a valve leaked and nobody looked at the gauge", "rain"]
+    plain, quantised = mini(mode="classical"), mini(mode="classical", model_kwargs=int8)
+    assert (plain.encode(texts) * quantised.encode(texts)).sum(axis=1).min() > 0.999
+    again = mini(mode="classical", model_kwargs={"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())})
+    assert plain.fingerprint != quantised.fingerprint == again.fingerprint
+    quantised.unload()
 
 
 # --- sharing

@@ -1,7 +1,10 @@
+from collections.abc import Iterator
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echo_integrations.batching import distinct, plan, slices, windows
+from echo_integrations.batching import distinct, one_ahead, plan, slices, windows
 
 
 def test_the_longest_come_first_and_fill_the_budget() -> None:
@@ -28,6 +31,7 @@ def test_every_text_stands_in_one_batch_within_the_bounds(lengths: list[int], bu
     for batch in batches:
         assert len(batch) <= rows
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
+        assert sum(max(lengths[j] for j in batch) - lengths[i] for i in batch) * 20 <= budget
     longest = [max(lengths[i] for i in batch) for batch in batches]
     assert longest == sorted(longest, reverse=True)
 
@@ -64,3 +68,28 @@ def test_windows_take_no_more_than_they_give() -> None:
 
     first = next(windows(stream(), 3))  # type: ignore[arg-type]
     assert first == [0, 1, 2] and taken == [0, 1, 2]
+
+
+def test_little_of_many_texts_is_padding() -> None:
+    lengths = [1 + i * i % 300 for i in range(5_000)]
+    batches = plan(lengths, token_budget=2_048)
+    positions = sum(len(batch) * lengths[batch[0]] for batch in batches)
+    assert sum(lengths) < positions <= 1.05 * sum(lengths)
+
+
+def test_an_item_is_handed_over_once_the_next_is_made() -> None:
+    made: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(3):
+            made.append(number)
+            yield number
+        raise ValueError("no fourth")
+
+    ahead = one_ahead(items())
+    assert (next(ahead), made) == (0, [0, 1])
+    assert (next(ahead), made) == (1, [0, 1, 2])
+    assert next(ahead) == 2  # the error comes after what was made before it
+    with pytest.raises(ValueError, match="no fourth"):
+        next(ahead)
+    assert list(one_ahead([])) == [] and list(one_ahead("a")) == ["a"]

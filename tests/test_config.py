@@ -19,6 +19,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "device": None,
         "dtype": "auto",
         "attn_implementation": None,
+        "compile": False,
         "adapter": None,
         "mode": "echo",
         "token_set": None,

@@ -393,7 +393,6 @@ async def test_events(kind: Kind, events: Events, spans: SimpleSpanHandler) -> N
     assert names(spans.completed_spans) == [
         f"{kind.name}._aget_query_embedding",
         f"{kind.name}._get_query_embedding",
-        f"{kind.name}._get_query_embedding",
         f"{kind.name}.aget_query_embedding",
         f"{kind.name}.get_query_embedding",
     ]

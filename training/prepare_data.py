@@ -5,7 +5,9 @@
 general.jsonl           queries with responses; nothing of the books that are kept for choosing and reporting
 domain_queries.jsonl    half of the questions of one left-out book, and nothing else: no answers, no passages, no labels
 domain_test.json        the other half, by name, for `measure.py --questions`
-domain.jsonl            with --answers: each of the domain's queries, its response the question and the model's answer
+domain.jsonl            with --answers, what a domain's tokens are trained on: each of its queries, whose response is
+                        the question and the model's answer; the terms that the queries name, each its own response;
+                        and glossary rows of the general set, so that what that taught is kept
 
 The answers come from the model: `echo-embed respond domain_queries.jsonl --model echo-mini --out answers.jsonl`.
 """
@@ -64,6 +66,8 @@ MIN_ANSWER = 4  # words that an answer has at least; a letter or a number says n
 MAX_QUERY = 120  # words; longer instructions are left out
 MAX_RESPONSE = 60  # words; longer responses end at a sentence
 PASSAGE = 100  # words of a passage to train on
+KEPT_GENERAL = 1_500  # glossary rows of the general set among a domain's
+TERM_WORDS = 3  # words of a term that a query names, at most
 PER_PASSAGE = 2  # rows from one passage of the instructions, whose templates repeat it
 BOILERPLATE = re.compile(
     r"summary|review|questions|exercises|problems|key (terms|concepts)|link to learning|glossary", re.I
@@ -99,7 +103,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_rows(args.out / "domain_queries.jsonl", ({"query": f"{ASK} {question}"} for question in train))
     names = {"book": args.domain, "questions": [key(args.domain, question) for question in test]}
     if args.answers:
-        write_rows(args.out / "domain.jsonl", answered(list(read_rows(args.answers))))
+        kept = [row for row in rows if row["source"] in ("glossary", "meanings")][:KEPT_GENERAL]
+        asked = list(read_rows(args.answers))
+        write_rows(args.out / "domain.jsonl", [*answered(asked), *named_terms(train), *kept])
     (args.out / "domain_test.json").write_text(json.dumps(names, indent=1) + "\n", encoding="utf-8")
 
     print(
@@ -120,6 +126,23 @@ def answered(rows: Sequence[dict[str, str]]) -> Iterator[dict[str, str]]:
         if not row.get("error"):
             question = row["query"].removeprefix(ASK).strip()
             yield {"query": row["query"], "response": f"{question} {row['response']}"}
+
+
+def named_terms(questions: Sequence[str]) -> list[dict[str, str]]:
+    """What questions name, each its own response: runs of a few words between stop words and punctuation."""
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS  # type: ignore[import-untyped]
+
+    terms: dict[str, None] = {}  # in the order in which they are met
+    for question in questions:
+        words: list[str] = []
+        for word in [*re.findall(r"[^\W\d_][\w'’-]*|[^\s\w]", question.casefold()), "."]:
+            if word[0].isalpha() and word not in ENGLISH_STOP_WORDS:
+                words.append(word)
+                continue
+            if 1 <= len(words) <= TERM_WORDS and len(term := " ".join(words)) > 3:
+                terms[term] = None
+            words = []
+    return [{"query": f"{ASK} {term}", "response": term} for term in terms]
 
 
 def general_set(data: Path, books: Collection[str], seed: int) -> list[dict[str, str]]:
