@@ -33,5 +33,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 	  deps = p["dependencies"] + [d for extra in p["optional-dependencies"].values() for d in extra]; \
 	  print("\n".join(d.replace(">=", "==") for d in deps if ">=" in d))' > .venv-lowest/constraints.txt
-	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/constraints.txt --editable ".[test]"
+	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/constraints.txt --editable ".[test,int8]"
 	touch $@

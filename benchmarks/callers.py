@@ -1,7 +1,7 @@
 """Many callers at once: throughput against a loop, latency under load, and what a lone caller pays.
 
-    python benchmarks/concurrent.py --data FOLDER                  # a Qwen3-0.6B-shaped random model
-    python benchmarks/concurrent.py --data FOLDER --shape mini     # echo-mini
+    python benchmarks/callers.py --data FOLDER                  # a Qwen3-0.6B-shaped random model
+    python benchmarks/callers.py --data FOLDER --shape mini     # echo-mini
 
 64 single questions: asked one after the other, from 64 threads, and from 64 tasks of an event loop. Latency: questions
 arrive at random (a Poisson process) at half the rate that 64 at once were answered at. A lone caller: the same question
