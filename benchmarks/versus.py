@@ -12,7 +12,9 @@ Sides: sentence-transformers with mean pooling, LangChain's HuggingFaceEmbedding
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shutil
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -30,6 +32,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 
 from echo_integrations import Encoder
 from echo_integrations.backbone import BackboneSpec
+from echo_integrations.checkpoint import Checkpoint
 from echo_integrations.config import Role
 from echo_integrations.registry import registry
 from echo_integrations.resolve import recipe_of, resolve
@@ -37,14 +40,22 @@ from echo_integrations.resolve import recipe_of, resolve
 INSTRUCTION = "Given a question that a student of this book may ask, find the passage of the textbook that answers it:"
 
 
-def save_as_sentence_transformer(folder: Path, target: Path) -> Path:
-    """The same weights with mean pooling and normalisation, as sentence-transformers keeps them."""
-    transformer = Transformer(str(folder), max_seq_length=512)
+def save_as_sentence_transformer(folder: Path, work: Path) -> Path:
+    """The same weights with mean pooling, as sentence-transformers keeps them.
+
+    Without the chat template, if there is one, because it would put every text into that.
+    """
+    plain = work / "plain"
+    shutil.copytree(folder, plain, ignore=shutil.ignore_patterns("chat_template*", "*.md"))
+    config = json.loads((plain / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config.pop("chat_template", None)
+    (plain / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    transformer = Transformer(str(plain), max_seq_length=512)
     if transformer.tokenizer.pad_token is None:
         transformer.tokenizer.pad_token = transformer.tokenizer.eos_token
-    pooling = Pooling(transformer.get_word_embedding_dimension(), "mean")
-    SentenceTransformer(modules=[transformer, pooling]).save(str(target))
-    return target
+    pooling = Pooling(transformer.get_embedding_dimension(), "mean")
+    SentenceTransformer(modules=[transformer, pooling]).save(str(work / "model"))
+    return work / "model"
 
 
 def main() -> None:
@@ -64,15 +75,17 @@ def main() -> None:
     folder = ASSETS / "echo-mini" if args.shape == "mini" else build_qwen3_600m(args.model_folder)
     settings: dict[str, Any] = {"model": str(folder), "dtype": args.dtype, "show_progress": False}
     settings |= {"on_truncate": "truncate"}
-    given: dict[str, Any] = {"document_template": "{!%%prompt%% }{%%text%%}", "document_instruction": INSTRUCTION}
-    encoder = Encoder(**settings, mode="classical", **(given if args.instruction else {}))
-    echo = Encoder(**settings)
+    bos = Checkpoint.find(Encoder(**settings)).tokenizer.bos  # pooled like the text, as sentence-transformers does
+    template = f"{{!{bos}%%prompt%% }}{{%%text%%}}" if args.instruction else f"{{{bos}%%text%%}}"
+    settings |= {"document_instruction": INSTRUCTION} if args.instruction else {}
+    encoder = Encoder(**settings, mode="classical", document_template=template)
+    echo = Encoder(**{**settings, "document_instruction": None})
     backbone = registry.acquire(BackboneSpec.of(encoder, *resolve(encoder)), encoder)
     dtype = str(backbone.spec.torch_dtype).removeprefix("torch.")
     told = [f"{INSTRUCTION} {text}" for text in texts] if args.instruction else texts
 
     with tempfile.TemporaryDirectory() as work:
-        where = str(save_as_sentence_transformer(folder, Path(work) / "model"))
+        where = str(save_as_sentence_transformer(folder, Path(work)))
         model = SentenceTransformer(where, model_kwargs={"dtype": dtype})
         chain = HuggingFaceEmbeddings(
             model_name=where,

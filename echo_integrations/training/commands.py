@@ -25,7 +25,7 @@ again after whatever ended it, goes on where it was. The model answers in its ch
 """
 _TRAIN = """
 Train a token set as RECIPE, a YAML file of settings, says; the same command, run again, goes on from the last
-checkpoint. OUT becomes a folder that --token-set takes, with report/report.html in it. On several GPUs: accelerate
+checkpoint. OUT becomes a folder that --token-set takes, with report/index.html in it. On several GPUs: accelerate
 launch -m echo_integrations train ...
 """
 _EVALUATE = """

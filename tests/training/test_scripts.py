@@ -137,3 +137,13 @@ def test_a_domains_response_is_question_and_answer(script: Callable[[str], Modul
     rows = [{"query": f"{ask} Why trade?", "response": "It pays."}, {"query": "Why?", "response": "", "error": "empty"}]
     found = list(script("prepare_data").answered(rows))
     assert found == [{"query": f"{ask} Why trade?", "response": "Why trade? It pays."}]
+
+
+def test_terms_that_questions_name_are_their_own_response(script: Callable[[str], ModuleType]) -> None:
+    prepare = script("prepare_data")
+    questions = ["What is the opportunity cost of a free lunch?", "How does opportunity cost, or GDP, grow?"]
+    rows = prepare.named_terms(questions)
+    assert [row["response"] for row in rows] == ["opportunity cost", "free lunch", "does opportunity cost", "grow"]
+    assert all(row["query"] == f"{prepare.ASK} {row['response']}" for row in rows)
+    longer = "Why do heavy old wooden tables tax us?"
+    assert [row["response"] for row in prepare.named_terms([longer])] == []
