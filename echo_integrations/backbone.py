@@ -24,7 +24,7 @@ from transformers.utils import logging as hf_logging
 
 from echo_integrations.checkpoint import Checkpoint
 from echo_integrations.config import EncoderSettings, EncodingError, ModelLoadError, TokenSetError, canonical_json
-from echo_integrations.device import advice_after_fork, choose_device, choose_dtype, is_forked, send
+from echo_integrations.device import Arriving, advice_after_fork, choose_device, choose_dtype, is_forked, send
 from echo_integrations.prefix import Prefix, can_share
 from echo_integrations.token_set import TokenSet
 from echo_integrations.worker import Worker
@@ -120,6 +120,7 @@ class Backbone:
         token_budget: tokens in one forward pass that suit the device.
         memory_limit: tokens that one forward pass may hold; lowered for good when memory runs out.
         worker: the thread that runs it, so that concurrent calls share batches and never add up their memory.
+        under_way: vectors of the last pass, which the device may still be at work on.
         shares_prefixes: whether `hidden_states` can take tokens that all rows begin with from memory.
     """
 
@@ -133,6 +134,7 @@ class Backbone:
         self.token_budget = _CPU_TOKEN_BUDGET if self.device.type == "cpu" else _GPU_TOKEN_BUDGET
         self.memory_limit = sys.maxsize
         self.worker = Worker("forward")
+        self.under_way: Arriving | None = None
         self.shares_prefixes = can_share(spec.checkpoint.config) and not spec.checkpoint.trust_remote_code
         self._prefixes: OrderedDict[bytes, Prefix] = OrderedDict()
         self._vocabulary: int = self._embedding.weight.shape[0]

@@ -167,7 +167,7 @@ def _embed_jobs(jobs: Sequence[_Job]) -> Iterator[tuple[int, list[Embedded]]]:
 
 
 def _forward(backbone: Backbone, rows: Sequence[Row], batch: Sequence[int]) -> list[Embedded]:
-    """One pass through the model."""
+    """One pass through the model; a device has at most two to do, so that what comes meanwhile is gathered."""
     owners: dict[TokenSet | None, list[int]] = {}  # token set -> rows of the batch
     for place, row in enumerate(batch):
         owners.setdefault(rows[row].token_set, []).append(place)
@@ -191,6 +191,9 @@ def _forward(backbone: Backbone, rows: Sequence[Row], batch: Sequence[int]) -> l
                 states = part[torch.arange(len(places), device=part.device)[:, None], read]  # (b, N, H)
                 vectors = backbone.head(token_set).embed(states.float().mean(dim=1))  # (b, D)
             done.append(Embedded([batch[place] for place in places], states, Arriving(vectors)))
+    before, backbone.under_way = backbone.under_way, done[-1]._arriving
+    if before is not None:
+        before.numpy()
     return done
 
 
