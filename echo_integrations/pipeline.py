@@ -6,9 +6,9 @@ This module knows nothing of single strings, progress bars and frameworks.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -82,51 +82,57 @@ class Call:
         Raises:
             InputError, TruncationError, ModelLoadError, EncodingError: as `Encoder.encode_document`.
         """
-        with closing(one_ahead(self._slices(texts))) as coming:
-            for futures, owners in coming:
+        under_way: list[Future[list[Embedded]]] = []
+        try:
+            for futures, owners in one_ahead(self._slices(texts, under_way)):
                 for future in futures:
                     yield from self._finished(future.result(), owners)
+        finally:
+            _cancel(under_way)
 
     async def abatches(self, texts: Iterable[str]) -> AsyncIterator[Batch]:
         """As `batches`, on any event loop; only laying texts out takes a thread, waiting takes none."""
-        coming = one_ahead(self._slices(texts))
+        under_way: list[Future[list[Embedded]]] = []
+        coming = one_ahead(self._slices(texts, under_way))
+        given_up = threading.Event()
+
+        def following() -> _Slice | None:
+            item = next(coming, None)
+            if given_up.is_set():  # meanwhile
+                _cancel(under_way)
+            return item
+
         try:
-            while (item := cast("_Slice | None", await asyncio.to_thread(next, coming, None))) is not None:
+            while (item := await asyncio.to_thread(following)) is not None:
                 futures, owners = item
                 for future in futures:
                     for batch in self._finished(await _wait(future), owners):
                         yield batch
         finally:
-            with suppress(ValueError):  # its thread is at work on it; it is closed when that has let go of it
-                coming.close()
+            given_up.set()
+            _cancel(under_way)
 
-    def _slices(self, texts: Iterable[str]) -> Iterator[_Slice]:
-        """Texts of similar length under way: futures of their batches, and where each distinct text stands."""
+    def _slices(self, texts: Iterable[str], under_way: list[Future[list[Embedded]]]) -> Iterator[_Slice]:
+        """Texts of similar length: futures of their batches, noted in ``under_way``, and where each text stands."""
         first = self._first
         backbone: Backbone | None = None
-        under_way: list[Future[list[Embedded]]] = []
-        try:
-            for window in windows(checked(texts, first=first), _WINDOW, weight=len, most=_WINDOW_CHARACTERS):
-                places = {text: [first + i for i in indices] for text, indices in distinct(window).items()}
-                first += len(window)
-                for run in slices(places, _SLICE_CHARACTERS, _SLICE):
-                    owners = [places[text] for text in run]
-                    rows = [
-                        Row(rendered, f"texts[{own[0]}]", self._token_set)
-                        for rendered, own in zip(self._recipe.render(run, self._instruction), owners, strict=True)
-                    ]
-                    for row in rows:
-                        self._report.check(row.name, row.rendered.length)
-                    backbone = backbone or registry.acquire(
-                        BackboneSpec.of(self._encoder, self._checkpoint, self._token_set), self._encoder
-                    )
-                    futures = submit(backbone, rows, self._encoder.token_budget)
-                    under_way = [*(future for future in under_way if not future.done()), *futures]
-                    yield futures, owners
-        except (GeneratorExit, KeyboardInterrupt):  # the call failed or was given up
-            for future in under_way:
-                future.cancel()
-            raise
+        for window in windows(checked(texts, first=first), _WINDOW, weight=len, most=_WINDOW_CHARACTERS):
+            places = {text: [first + i for i in indices] for text, indices in distinct(window).items()}
+            first += len(window)
+            for run in slices(places, _SLICE_CHARACTERS, _SLICE):
+                owners = [places[text] for text in run]
+                rows = [
+                    Row(rendered, f"texts[{own[0]}]", self._token_set)
+                    for rendered, own in zip(self._recipe.render(run, self._instruction), owners, strict=True)
+                ]
+                for row in rows:
+                    self._report.check(row.name, row.rendered.length)
+                backbone = backbone or registry.acquire(
+                    BackboneSpec.of(self._encoder, self._checkpoint, self._token_set), self._encoder
+                )
+                futures = submit(backbone, rows, self._encoder.token_budget)
+                under_way[:] = [*(future for future in under_way if not future.done()), *futures]
+                yield futures, owners
 
     def _finished(self, parts: Sequence[Embedded], owners: Sequence[Sequence[int]]) -> Iterator[Batch]:
         """What the model gave, ready for the caller: a row for each text, repeated ones included."""
@@ -155,3 +161,9 @@ class Call:
 
 async def _wait(future: Future[list[Embedded]]) -> list[Embedded]:
     return await asyncio.wrap_future(future)
+
+
+def _cancel(futures: Iterable[Future[list[Embedded]]]) -> None:
+    """Take what is still queued out of the queue: the call is over, or was given up."""
+    for future in futures:
+        future.cancel()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from echo_integrations import pipeline
 from echo_integrations.config import EncodingError, InputError, Mode, Role, TruncationError
 from echo_integrations.encoder import Encoder
 from echo_integrations.pipeline import Call
@@ -153,15 +154,49 @@ async def test_a_cancelled_call_frees_its_place(mini: Mini) -> None:
     assert rows == [1]
 
 
+async def test_a_call_that_is_cancelled_while_it_is_laid_out_frees_its_place_too(
+    mini: Mini, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = mini(mode="classical")
+    encoder.encode("warm")
+    queued, go_on, closed = threading.Event(), threading.Event(), threading.Event()
+    submit = pipeline.submit
+
+    def slow(*args: Any) -> Any:
+        futures = submit(*args)
+        queued.set()
+        go_on.wait()
+        futures[0].add_done_callback(lambda _: closed.set())
+        return futures
+
+    monkeypatch.setattr(pipeline, "submit", slow)
+    with passes(encoder) as rows:
+        with busy(encoder) as release:
+            gone = asyncio.ensure_future(encoder.aencode_document(["a", "b", "c"]))
+            while not queued.is_set():
+                await asyncio.sleep(0.001)
+            gone.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await gone
+            go_on.set()
+            assert await asyncio.to_thread(closed.wait, 60)
+            release.set()
+        monkeypatch.undo()
+        await encoder.aencode_query("rain")
+    assert rows == [1]
+
+
 def test_a_call_that_is_given_up_leaves_nothing_in_the_queue(mini: Mini) -> None:
     encoder = mini(mode="classical", token_budget=40)
     encoder.encode("warm")
+    batches = encoder.encode_batches(QUESTIONS)
+    next(batches)
+    batches.close()
+    worker = backbone_of(encoder).worker
     with passes(encoder) as rows:
-        batches = encoder.encode_batches(QUESTIONS)
-        next(batches)
-        batches.close()
-        encoder.encode("warm")  # after whatever was still queued
-    assert sum(rows) < 40
+        while worker._small or worker._large:
+            worker.call(lambda: None)
+    assert sum(rows) <= 2  # the one under way
 
 
 async def test_the_event_loop_stays_free(mini: Mini) -> None:
