@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -66,9 +66,10 @@ class Embedded:
         return vectors if self._places is None else vectors[self._places]
 
     def of(self, places: list[int], rows: list[int]) -> Embedded:
-        """The rows at some places, under other indices."""
-        states = None if self.states is None else self.states[places]
-        return Embedded(rows, states, self._arriving, places)
+        """The rows at some places, under other indices; where those are all, nothing is copied."""
+        if len(places) == len(self.rows):
+            return replace(self, rows=rows)
+        return Embedded(rows, None if self.states is None else self.states[places], self._arriving, places)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -106,7 +106,8 @@ class Call:
             while (item := await asyncio.to_thread(following)) is not None:
                 futures, owners = item
                 for future in futures:
-                    for batch in self._finished(await _wait(future), owners):
+                    parts = await asyncio.wrap_future(future)
+                    for batch in self._finished(parts, owners):
                         yield batch
         finally:
             given_up.set()
@@ -157,10 +158,6 @@ class Call:
                 f"texts[{numbers[bad]}]: try dtype='float32'; if that does not help, the weights are damaged"
             )
         return cast(Any, vectors / sizes[:, None]) if self._encoder.normalize_embeddings else vectors
-
-
-async def _wait(future: Future[list[Embedded]]) -> list[Embedded]:
-    return await asyncio.wrap_future(future)
 
 
 def _cancel(futures: Iterable[Future[list[Embedded]]]) -> None:

@@ -76,27 +76,20 @@ class Worker:
 
     def _turn(self) -> None:
         """Serve the requests whose turn it is, if any are left; there are at least as many turns as requests."""
-        requests = self._next()
-        if not requests:
-            return
-        try:
+        if requests := self._next():
             self._serve(requests)
-        except BaseException as error:  # handed to whoever waits for it
-            for request in (request for request in requests if not request.future.done()):
-                self._retry(request, error, alone=len(requests) == 1)
-
-    def _retry(self, request: _Request, error: BaseException, alone: bool) -> None:
-        """Hand the error over if it can only be the request's own, else see whether it fails by itself."""
-        try:
-            if alone:
-                raise error
-            self._serve([request])
-        except BaseException as own:
-            request.future.set_exception(own)
 
     def _serve(self, requests: Sequence[_Request]) -> None:
-        for index, result in requests[0].serve([request.job for request in requests]):
-            requests[index].future.set_result(result)
+        """Answer requests; where that fails, each that has no answer yet by itself, and a lone one with the error."""
+        try:
+            for index, result in requests[0].serve([request.job for request in requests]):
+                requests[index].future.set_result(result)
+        except BaseException as error:  # handed to whoever waits for it
+            for request in (request for request in requests if not request.future.done()):
+                if len(requests) == 1:
+                    request.future.set_exception(error)
+                else:
+                    self._serve([request])
 
     def _next(self) -> list[_Request]:
         """A large request, or small ones that fit together, the oldest first; empty where all were cancelled."""
